@@ -1,0 +1,29 @@
+"""Phantom parallelism for PyTorch Lightning: `import lightning_phantom`, then `Trainer(strategy="phantom")`.
+
+Importing the package registers the strategy. It imports no codecarbon and touches no device.
+"""
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_phantom.config import PhantomConfig
+from lightning_phantom.cost import estimate_cost
+from lightning_phantom.energy import EnergyMonitor
+from lightning_phantom.ffn import plan_phantom
+from lightning_phantom.layers import PhantomLinear
+from lightning_phantom.strategy import PhantomStrategy
+from lightning_phantom.swap import densify, phantomize_
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EnergyMonitor",
+    "PhantomConfig",
+    "PhantomLinear",
+    "PhantomStrategy",
+    "densify",
+    "estimate_cost",
+    "phantomize_",
+    "plan_phantom",
+]
+
+PhantomStrategy.register_strategies(StrategyRegistry)

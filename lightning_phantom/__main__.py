@@ -1,0 +1,6 @@
+"""`python -m lightning_phantom`."""
+
+from lightning_phantom.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""What a user asks for, checked when it is written down rather than when it first hurts."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+from lightning_phantom.errors import PhantomError
+
+PLAN_WORDS = ("phantom", "colwise", "rowwise", "sharded", "skip")
+INITS = ("auto", "from_dense", "random", "block_diagonal")
+
+
+@dataclass(frozen=True)
+class PhantomConfig:
+    """How a module is to be put into phantom-parallel layout.
+
+    Args:
+        num_blocks: p, the number of diagonal blocks of every swapped layer, at least 2. It belongs to the model, not to
+            the machine: any number of ranks that divides p computes the same function.
+        phantom_width: k, the number of features that each block sends to the others. An `int` is k itself, clamped
+            to the largest useful one of each layer; a `float` f in (0, 1] gives
+            `max(1, floor(f * min(in_features, out_features) / p))`.
+        plan: `{"glob of module name": word}` with the words `"phantom"`, `"colwise"`, `"rowwise"`, `"sharded"` and
+            `"skip"`; later entries win over earlier ones and unnamed layers stay dense. `None` finds the
+            feed-forward chains.
+        init: `"from_dense"` (the best phantom approximation of the dense weights), `"random"`, `"block_diagonal"`, or
+            `"auto"`: `"from_dense"` where weights exist and `"random"` on the meta device.
+        seed: seeds the random initialisations, together with the layer's name and the block's index.
+
+    Raises:
+        PhantomError: an argument has the wrong type or an impossible value.
+    """
+
+    num_blocks: int
+    phantom_width: int | float = 0.25
+    plan: Mapping[str, str] | None = None
+    init: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not is_int(self.num_blocks) or self.num_blocks < 2:
+            raise PhantomError(
+                f"num_blocks={self.num_blocks!r}: needs an int of at least 2. With one block a phantom layer "
+                f"is the dense layer itself; to train dense, leave the strategy out."
+            )
+        check_phantom_width(self.phantom_width)
+        check_plan_words(self.plan)
+        if self.init not in INITS:
+            raise PhantomError(f"init={self.init!r}: choose one of {', '.join(map(repr, INITS))}.")
+        if not is_int(self.seed) or not 0 <= self.seed < 2**64:
+            raise PhantomError(f"seed={self.seed!r}: needs an int in [0, 2**64).")
+
+
+def resolve_phantom_width(phantom_width: int | float, in_features: int, out_features: int, num_blocks: int) -> int:
+    """Return k for one layer: at least 1, and at most what adds anything to its off-diagonal blocks.
+
+    The off-diagonal part of one block column has the shape `[(p-1) * out/p, in/p]`, so a k above
+    `k_max = min(in/p, (p-1) * out/p)` buys nothing: beyond it the layer already holds every dense matrix.
+    """
+    block_in, block_out = in_features // num_blocks, out_features // num_blocks
+    k_max = min(block_in, (num_blocks - 1) * block_out)
+    if isinstance(phantom_width, Integral):
+        return min(int(phantom_width), k_max)
+    return min(max(1, math.floor(phantom_width * min(in_features, out_features) / num_blocks)), k_max)
+
+
+def check_phantom_width(phantom_width: object) -> None:
+    """Raise PhantomError unless `phantom_width` is an int >= 1 or a float in (0, 1]."""
+    if is_int(phantom_width):
+        if phantom_width < 1:  # type: ignore[operator]
+            raise PhantomError(f"phantom_width={phantom_width!r}: k must be at least 1.")
+    elif isinstance(phantom_width, Real) and not isinstance(phantom_width, bool):
+        if not 0 < float(phantom_width) <= 1:  # also refuses NaN
+            raise PhantomError(
+                f"phantom_width={phantom_width!r}: a float is a fraction of the block width and must lie in (0, 1]. "
+                f"For k itself pass an int."
+            )
+    else:
+        raise PhantomError(
+            f"phantom_width={phantom_width!r}: needs an int (k) or a float (fraction of the block width)."
+        )
+
+
+def check_plan_words(plan: object) -> None:
+    """Raise PhantomError unless `plan` is None or a mapping from globs to the plan's words."""
+    if plan is None:
+        return
+    if not isinstance(plan, Mapping):
+        raise PhantomError(
+            f"plan={plan!r}: needs a mapping from globs of module names to words, like {{'net.*': 'phantom'}}."
+        )
+    if not plan:
+        raise PhantomError("plan={}: names no layer. Pass None to have the feed-forward chains found.")
+    for glob, word in plan.items():
+        if not isinstance(glob, str) or word not in PLAN_WORDS:
+            raise PhantomError(
+                f"plan entry {glob!r}: {word!r} is not a word of the plan; choose one of "
+                f"{', '.join(map(repr, PLAN_WORDS))}."
+            )
+
+
+def is_int(value: object) -> bool:
+    """Whether `value` is an integer; `True` and `False` are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -1,0 +1,95 @@
+"""The two dimensions of a job: R ranks that share each layer, D replicas of the model that see different data."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_phantom.comm import Ranks
+from lightning_phantom.errors import PhantomError
+
+
+class Sizes(NamedTuple):
+    """R, D and p of a job."""
+
+    phantom: int
+    data_parallel: int
+    num_blocks: int
+
+
+class Mesh(NamedTuple):
+    """This process's place in the job: its phantom group (of consecutive ranks) and its data-parallel group.
+
+    Attributes:
+        phantom: the ranks that hold each layer between them.
+        data_parallel: the ranks, one in each replica, that hold the same blocks.
+        groups: the process groups of both dimensions, ("data_parallel", "phantom").
+    """
+
+    phantom: Ranks
+    data_parallel: Ranks
+    groups: tuple[dist.ProcessGroup, dist.ProcessGroup]
+
+    def device_mesh(self, device_type: str) -> DeviceMesh:
+        """The same as torch's DeviceMesh, with the dimensions ("data_parallel", "phantom")."""
+        world = torch.arange(dist.get_world_size()).view(self.data_parallel.size, -1)
+        names = ("data_parallel", "phantom")
+        return DeviceMesh.from_group(list(self.groups), device_type, world, mesh_dim_names=names)
+
+
+def resolve_sizes(
+    phantom_size: int | str, data_parallel_size: int | str, num_blocks: int | None, devices: int, nodes: int
+) -> Sizes:
+    """Settle R, D and p for `nodes` nodes of `devices` ranks each.
+
+    Raises:
+        PhantomError: R * D is not the number of ranks, R does not divide p, or p would be 1.
+    """
+    world = devices * nodes
+    if phantom_size == "auto" and data_parallel_size == "auto":
+        phantom_size = devices if num_blocks is None else math.gcd(num_blocks, devices)
+    known = data_parallel_size if phantom_size == "auto" else phantom_size
+    rest = max(world // int(known), 1)
+    ranks = rest if phantom_size == "auto" else int(phantom_size)
+    replicas = rest if data_parallel_size == "auto" else int(data_parallel_size)
+    if ranks * replicas != world:
+        raise PhantomError(
+            f"phantom_parallel_size={ranks} x data_parallel_size={replicas} needs {ranks * replicas} ranks, but there "
+            f"are {world} ({nodes} nodes x {devices} devices). Change one of them, or leave both 'auto'."
+        )
+    blocks = ranks if num_blocks is None else num_blocks
+    if blocks == 1:
+        raise PhantomError(
+            "num_blocks=None takes the number of ranks in the phantom group, which is 1 here. Set num_blocks (say "
+            "num_blocks=4: the model is the same on any number of ranks that divides it), or use more devices."
+        )
+    if blocks % ranks:
+        raise PhantomError(
+            f"num_blocks={blocks} cannot be shared by phantom_parallel_size={ranks} ranks: the number of ranks must "
+            f"divide the number of blocks. Set num_blocks to a multiple of {ranks}, or phantom_parallel_size to "
+            f"a divisor of {blocks}."
+        )
+    return Sizes(ranks, replicas, blocks)
+
+
+# Groups are collective to make and cannot be unmade cheaply: one set per process and pair of sizes.
+_meshes: dict[tuple[object, int], Mesh] = {}
+
+
+def make_mesh(sizes: Sizes, timeout: timedelta | None) -> Mesh:
+    """Make this process's groups, or return those made before; every rank calls it."""
+    key = (dist.group.WORLD, sizes.phantom)
+    if key not in _meshes:
+        rows = [list(range(d * sizes.phantom, (d + 1) * sizes.phantom)) for d in range(sizes.data_parallel)]
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        phantom, _ = dist.new_subgroups_by_enumeration(rows, timeout=timeout)
+        data_parallel, _ = dist.new_subgroups_by_enumeration(columns, timeout=timeout)
+        _meshes[key] = Mesh(
+            Ranks(phantom if sizes.phantom > 1 else None), Ranks(data_parallel), (data_parallel, phantom)
+        )
+    return _meshes[key]
