@@ -1,0 +1,28 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Every test process counts as one of several ranks: threads that outnumber cores only make them wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+# Child processes import helpers and test modules by name.
+here = str(Path(__file__).parent)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+sys.path.insert(0, here)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_and_no_leaks():
+    torch.manual_seed(0)
+    environment = dict(os.environ)
+    yield
+    for key in set(os.environ) - set(environment):
+        del os.environ[key]
+    os.environ.update(environment)
+    assert torch.get_default_dtype() is torch.float32
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

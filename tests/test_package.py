@@ -1,0 +1,175 @@
+"""The package as a whole: its names, what importing it costs, which way its imports run, and the example."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.strategies import StrategyRegistry
+
+import lightning_phantom
+from lightning_phantom.cli import main
+
+ROOT = Path(__file__).parent.parent
+# Each module imports only from those before it.
+ORDER = (
+    "errors launch rng files config cost comm convert chain fused layers proof ffn swap mesh gradients prepare "
+    "replicas checkpoint sharded saving strategy energy_report energy_meter energy_fit energy __init__ cli "
+    "__main__"
+).split()
+
+
+def test_public_names():
+    assert set(lightning_phantom.__all__) == {
+        *("EnergyMonitor", "PhantomConfig", "PhantomLinear", "PhantomStrategy"),
+        *("densify", "estimate_cost", "phantomize_", "plan_phantom"),
+    }
+    for name in lightning_phantom.__all__:
+        assert getattr(lightning_phantom, name).__doc__
+    assert "phantom" in StrategyRegistry
+
+
+def test_importing_is_pure():
+    code = """
+import sys, lightning, lightning.pytorch.cli, torch, torchmetrics
+theirs = set(sys.modules)
+import lightning_phantom
+ours = {name.split(".")[0] for name in set(sys.modules) - theirs}
+assert not ours & {"codecarbon", "matplotlib", "pynvml", "sklearn", "pandas", "rich"}, ours
+assert "codecarbon" not in sys.modules
+assert not torch.cuda.is_initialized()
+import importlib; importlib.reload(lightning_phantom)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_phantom"):
+            module = node.module.removeprefix("lightning_phantom").lstrip(".")
+            yield from [module] if module else [a.name for a in node.names]
+        elif isinstance(node, ast.Import):
+            for a in node.names:
+                if a.name.startswith("lightning_phantom"):
+                    yield a.name.removeprefix("lightning_phantom").lstrip(".") or "__init__"
+
+
+def test_imports_run_one_way():
+    modules = {path.stem: path for path in (ROOT / "lightning_phantom").glob("*.py")}
+    assert set(modules) == set(ORDER)
+    for name, path in modules.items():
+        for other in imported(path):
+            assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}"
+    energy = {other for name in ORDER if name.startswith("energy") for other in imported(modules[name])}
+    assert energy <= {"errors", "energy_report", "energy_meter", "energy_fit"}  # a side leaf
+    for name in ORDER[: ORDER.index("energy_report")]:
+        assert not any(other.startswith("energy") for other in imported(modules[name]))
+    assert not {"torch", "lightning"} & {
+        node.names[0].name.split(".")[0]
+        for node in ast.walk(ast.parse(modules["cost"].read_text()))
+        if isinstance(node, ast.Import)
+    }
+
+
+def test_cli_help_and_version(capsys):
+    for arguments, expected in (
+        (["--help"], "{fit,validate,test,predict}"),
+        (["--version"], lightning_phantom.__version__),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0
+        assert expected in capsys.readouterr().out
+
+
+def run_digits(tmp_path, *arguments):
+    command = [sys.executable, "-m", "lightning_phantom", "fit", "--config", "examples/digits.yaml"]
+    arguments = [f"--trainer.logger.init_args.save_dir={tmp_path}", *arguments]
+    run = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def test_the_digits_example_reaches_95_percent(tmp_path):
+    out = run_digits(tmp_path)
+    assert "Phantom plan: 4 of 4 linears, num_blocks=2" in out
+    rows = {
+        cells[0]: cells[1] for line in out.splitlines() if len(cells := [c.strip() for c in line.split("│")[1:]]) > 2
+    }
+    assert float(rows["validation accuracy"]) >= 0.95
+    assert rows["weights per rank"] == "811,786"
+    for label in ("validation loss", "bytes sent per rank and step", "collectives per step", "CPU energy"):
+        assert label in rows, out
+
+
+def test_yaml_and_command_line_reach_the_strategy(tmp_path):
+    text = """
+    trainer:
+      accelerator: cpu
+      devices: 1
+      logger: false
+      strategy:
+        class_path: lightning_phantom.PhantomStrategy
+        init_args:
+          num_blocks: 8
+          phantom_width: 2
+          plan: {"layer": phantom}
+          timeout: "0:02:00"
+    """
+    (tmp_path / "run.yaml").write_text(text)
+
+    def strategy(*arguments):
+        cli = LightningCLI(
+            BoringModel,
+            run=False,
+            save_config_callback=None,
+            args=["--config", str(tmp_path / "run.yaml"), *arguments],
+        )
+        return cli.trainer.strategy
+
+    made = strategy()
+    assert (made._request.num_blocks, made._request.phantom_width, made._request.plan) == (8, 2, {"layer": "phantom"})
+    assert made._timeout.total_seconds() == 120
+    assert strategy("--trainer.strategy.phantom_width=0.5")._request.phantom_width == 0.5
+    assert type(strategy("--trainer.strategy.phantom_width=1")._request.phantom_width) is int
+    assert type(strategy("--trainer.strategy.phantom_width=1.0")._request.phantom_width) is float
+    named = strategy("--trainer.strategy=PhantomStrategy", "--trainer.strategy.num_blocks=4")
+    assert named._request.num_blocks == 4
+
+
+def test_every_yaml_is_valid():
+    for path in [*ROOT.glob("examples/**/*.yaml"), *ROOT.glob("docs/**/*.yaml")]:
+        assert yaml.safe_load(path.read_text()), path
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+def test_readme_python_runs():
+    ran = [exec(compile(block, "README.md", "exec"), {}) for block in blocks("python") if "MyModule" not in block]
+    assert len(ran) == 2
+
+
+def test_readme_yaml_is_accepted(tmp_path, monkeypatch):
+    (tmp_path / "my_project.py").write_text(
+        "from lightning.pytorch.demos.boring_classes import BoringDataModule as MyData, BoringModel as MyModule\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (block,) = blocks("yaml")
+    (tmp_path / "run.yaml").write_text(block.replace("devices: 4", "devices: 1"))
+    cli = LightningCLI(
+        run=False,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=None,
+        args=["--config", str(tmp_path / "run.yaml")],
+    )
+    assert isinstance(cli.trainer.strategy, lightning_phantom.PhantomStrategy)
+    assert type(cli.model).__name__ == "BoringModel"
