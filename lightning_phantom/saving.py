@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
+from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -41,6 +42,7 @@ class CheckpointingStrategy(DDPStrategy):
         self._state_dict_type = state_dict_type
         self._weights_only = weights_only
         self._resumed_rng: dict[str, Any] | None = None
+        self._resumed_loaders: list[dict[str, Any]] = []
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -93,6 +95,8 @@ class CheckpointingStrategy(DDPStrategy):
             raise CheckpointError(f"{checkpoint_path}: {error}") from error.__cause__
         if module.trainer.state.fn == TrainerFn.FITTING:
             self._resumed_rng = loaded.get("phantom", {}).get("rng")
+            if self._resumed_rng is not None and not self._resumed_rng["mid_epoch"]:
+                self._resumed_loaders = list(loaded["loops"]["fit_loop"]["state_dict"].get("combined_loader", []))
         return loaded
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -124,6 +128,12 @@ class CheckpointingStrategy(DDPStrategy):
 
     def process_dataloader(self, dataloader: object) -> object:
         """Restore generators and epoch before the first iterator of a resumed fit is made: workers read ahead."""
+        if self._resumed_loaders and isinstance(dataloader, _Stateful):
+            # Lightning restores them within an epoch only. The next iterator goes on from the one that is put back.
+            before = rng_states()
+            dataloader.load_state_dict(self._resumed_loaders.pop(0))
+            iter(dataloader)  # type: ignore[call-overload]
+            set_rng_states(before)
         if self._resumed_rng is not None and self.lightning_module is not None:
             set_epoch = getattr(getattr(dataloader, "sampler", None), "set_epoch", None)
             if callable(set_epoch):

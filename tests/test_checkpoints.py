@@ -120,7 +120,7 @@ def same(a, b, start):
 def _bit_for_bit():
     results = {}
     for kind in FORMATS:
-        for loader, step in (("shuffled", 4), ("own sampler", 8), ("workers", 4), ("stateful", 6)):
+        for loader, step in (("shuffled", 4), ("own sampler", 8), ("workers", 4), ("stateful", 6), ("stateful", 8)):
             folder = shared_folder()
             path = f"{folder}/a.ckpt"
             strategy = {"state_dict_type": kind}
