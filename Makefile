@@ -3,18 +3,34 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs coverage package clean
 
 demo: $(VENV)/.installed-demo  ## train the digits example on two ranks and print what it cost
 	$(BIN)/lightning-phantom fit --config examples/digits.yaml
 
-test: lint  ## the whole gate: format, lint, types, tests
+test: lint docs  ## the whole gate: format, lint, types, docs, tests
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed-test
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
+
+docs: $(VENV)/.installed-test  ## the site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+coverage: $(VENV)/.installed-test  ## the tests once more, with what they do not reach, ranks included
+	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
+
+package: $(VENV)/.installed-package  ## wheel and sdist in dist/, checked, and the demo run from the wheel in an empty environment
+	rm -rf dist build/empty
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/empty
+	build/empty/bin/python -m pip install --quiet --constraint constraints.txt "$$(ls "$(CURDIR)"/dist/*.whl)[demo]"
+	cp -r examples build/empty/ && cd build/empty && bin/lightning-phantom fit --config examples/digits.yaml
 
 # One stamp per extra: a second call installs nothing, a changed dependency list installs again.
 $(VENV)/.installed-%: pyproject.toml constraints.txt

@@ -30,6 +30,9 @@ class PhantomConfig:
 
     Raises:
         PhantomError: an argument has the wrong type or an impossible value.
+
+    Example:
+        >>> PhantomConfig(num_blocks=8, phantom_width=0.5, plan={"*.mlp.*": "phantom"})  # doctest: +SKIP
     """
 
     num_blocks: int

@@ -136,6 +136,11 @@ def estimate_cost(
 
     Raises:
         PhantomError: sizes that do not divide, an empty list, an unknown dtype.
+
+    Example:
+        >>> cost = estimate_cost([(4096, 4096)] * 4, num_blocks=4, phantom_width=64, num_ranks=4, tokens=512)
+        >>> cost.phantom.flops / cost.tensor_parallel.flops
+        0.3125
     """
     check_phantom_width(phantom_width)
     for name, value, least in (("num_blocks", num_blocks, 2), ("num_ranks", num_ranks, 1), ("tokens", tokens, 0)):

@@ -57,6 +57,9 @@ class EnergyMonitor(Callback):
         print_table: Print a table at the end.
         tracker_factory: The seam for a replay meter, in tests: see `energy_meter.Meter`.
 
+    Raises:
+        PhantomError: An argument has the wrong type or an impossible value; with `strict`, a meter that failed.
+
     Attributes:
         report: What `energy_report.json` holds, on every rank, once a fit has ended.
 

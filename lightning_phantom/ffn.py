@@ -145,8 +145,16 @@ def plan_phantom(module: nn.Module, config: PhantomConfig) -> Plan:
     Without a plan of the user's own, a linear is swapped when it lies in a proven chain of two or more and phantom
     makes it smaller; `"skip"` is the decision for the others. With one, the linears that it names are swapped.
 
+    Args:
+        module: any module, on any device (weights are not read).
+        config: what to swap and how.
+
     Raises:
         PlanError: the user's plan names what is not there or cannot be swapped, or a layout that is not proven.
+
+    Example:
+        >>> print(plan_phantom(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), PhantomConfig(num_blocks=2)))
+        Phantom plan: ...
     """
     linears = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
     new = {name: m for name, m in linears.items() if not isinstance(m, PhantomLinear)}

@@ -169,6 +169,17 @@ def densify(module: nn.Module) -> nn.Module:
 
     A phantom layer becomes the `nn.Linear` of its dense weight. Collective when layers are shared between ranks; every
     rank gets the whole module.
+
+    Args:
+        module: what `phantomize_` or a strategy has swapped layers of; it is not changed.
+
+    Raises:
+        RuntimeError: a tensor that cannot be copied, as `copy.deepcopy` has it (one with a gradient history).
+
+    Example:
+        >>> model = phantomize_(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), PhantomConfig(num_blocks=2))
+        >>> type(densify(model)[0])
+        <class 'torch.nn.modules.linear.Linear'>
     """
     dense = copy.deepcopy(module)
     chains = {id(m.chain): m.chain for m in dense.modules() if isinstance(m, PhantomLinear) and m.chain is not None}

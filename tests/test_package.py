@@ -1,13 +1,11 @@
 """The package as a whole: its names, what importing it costs, which way its imports run, and the example."""
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import StrategyRegistry
@@ -141,35 +139,3 @@ def test_yaml_and_command_line_reach_the_strategy(tmp_path):
     assert type(strategy("--trainer.strategy.phantom_width=1.0")._request.phantom_width) is float
     named = strategy("--trainer.strategy=PhantomStrategy", "--trainer.strategy.num_blocks=4")
     assert named._request.num_blocks == 4
-
-
-def test_every_yaml_is_valid():
-    for path in [*ROOT.glob("examples/**/*.yaml"), *ROOT.glob("docs/**/*.yaml")]:
-        assert yaml.safe_load(path.read_text()), path
-
-
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-
-
-def test_readme_python_runs():
-    ran = [exec(compile(block, "README.md", "exec"), {}) for block in blocks("python") if "MyModule" not in block]
-    assert len(ran) == 2
-
-
-def test_readme_yaml_is_accepted(tmp_path, monkeypatch):
-    (tmp_path / "my_project.py").write_text(
-        "from lightning.pytorch.demos.boring_classes import BoringDataModule as MyData, BoringModel as MyModule\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    (block,) = blocks("yaml")
-    (tmp_path / "run.yaml").write_text(block.replace("devices: 4", "devices: 1"))
-    cli = LightningCLI(
-        run=False,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=None,
-        args=["--config", str(tmp_path / "run.yaml")],
-    )
-    assert isinstance(cli.trainer.strategy, lightning_phantom.PhantomStrategy)
-    assert type(cli.model).__name__ == "BoringModel"

@@ -1,0 +1,143 @@
+"""Every code block, YAML and link of README and docs holds."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.pytorch.cli import LightningCLI
+
+import lightning_phantom
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# What a page calls the reader's own: a module with a chain, and data for it.
+PROJECT = """
+import lightning as L, torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+class MyModule(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0]).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+    def on_train_epoch_end(self):
+        self.trainer.should_stop = True
+
+class MyData(L.LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(16, 32)), batch_size=4)
+"""
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def with_blocks(language):
+    return [pytest.param(page, id=page.name) for page in PAGES if blocks(page, language)]
+
+
+ALL = """
+import json, runpy, sys, traceback
+failed = {}
+for script in sys.argv[1:]:
+    try:
+        runpy.run_path(script)
+    except BaseException:
+        failed[script] = traceback.format_exc()
+json.dump(failed, open("failed.json", "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def run_blocks(tmp_path_factory):
+    """Run the Python blocks beside the reader's own project: one process for all that need no second rank."""
+    folder = tmp_path_factory.mktemp("blocks")
+    (folder / "my_project.py").write_text(PROJECT)
+    scripts = {}
+    for page in PAGES:
+        for number, block in enumerate(blocks(page, "python")):
+            script = folder / f"{page.stem}_{number}.py"
+            script.write_text("from my_project import MyData, MyModule\n" + block.replace("devices=4", "devices=2"))
+            scripts[script] = page
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+
+    def run(*arguments):
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+
+    several = [script for script in scripts if "devices=2" in script.read_text()]
+    (folder / "all.py").write_text(ALL)
+    everything = run("all.py", *(script for script in scripts if script not in several))
+    assert everything.returncode == 0, everything.stderr
+    failed = {Path(script): text for script, text in json.loads((folder / "failed.json").read_text()).items()}
+    for script in several:
+        seen = run(script)
+        if seen.returncode:
+            failed[script] = seen.stdout + seen.stderr
+    return {page: [text for script, text in failed.items() if scripts[script] == page] for page in PAGES}
+
+
+@pytest.mark.parametrize("page", with_blocks("python"))
+def test_python_blocks_run(page, run_blocks):
+    assert not run_blocks[page], "\n".join(run_blocks[page])
+
+
+@pytest.mark.parametrize("page", with_blocks("yaml"))
+def test_yaml_blocks_are_accepted(page, tmp_path, monkeypatch):
+    (tmp_path / "my_project.py").write_text(PROJECT)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_project", raising=False)
+    for block in blocks(page, "yaml"):
+        (tmp_path / "run.yaml").write_text(re.sub("devices: [0-9]+", "devices: 1", block))
+        cli = LightningCLI(
+            run=False,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            args=["--config", str(tmp_path / "run.yaml")],
+        )
+        assert isinstance(cli.trainer.strategy, lightning_phantom.PhantomStrategy)
+        assert type(cli.model).__name__ == "MyModule"
+
+
+def test_every_yaml_is_valid():
+    for path in [*ROOT.glob("*.y*ml"), *ROOT.glob("examples/**/*.y*ml"), *ROOT.glob("docs/**/*.y*ml")]:
+        assert yaml.safe_load(path.read_text()), path
+
+
+def test_every_link_leads_somewhere():
+    def anchors(page):
+        heads = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+        return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+    for page in [*PAGES, ROOT / "CHANGELOG.md"]:
+        for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", page.read_text())):
+            if target.startswith(("http://", "https://")):
+                continue
+            name, _, anchor = target.partition("#")
+            path = (page.parent / name).resolve() if name else page
+            assert path.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(path), f"{page.name}: {target}"
+
+
+def test_every_page_is_in_the_menu():
+    menu = (ROOT / "mkdocs.yml").read_text()
+    assert all(f": {page.name}" in menu for page in (ROOT / "docs").glob("*.md"))
+
+
+def test_every_public_name_is_documented():
+    api = (ROOT / "docs/api.md").read_text()
+    for name in lightning_phantom.__all__:
+        assert f"::: lightning_phantom.{name}\n" in api, name
+        text = getattr(lightning_phantom, name).__doc__
+        assert text and "Args:" in text and "Raises:" in text and "Example" in text, name
