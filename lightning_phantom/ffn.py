@@ -280,11 +280,12 @@ def _describe(
 
 
 def _indivisible(linear: nn.Linear, config: Config) -> str | None:
-    exact = isinstance(config, TensorParallelConfig)
-    parts = config.num_ranks if exact else config.num_blocks
+    if isinstance(config, TensorParallelConfig):
+        parts, into = config.num_ranks, f"between {config.num_ranks} ranks"
+    else:
+        parts, into = config.num_blocks, f"into num_blocks={config.num_blocks}"
     if any(size % parts or not size for size in (linear.in_features, linear.out_features)):
-        into = f"divide between {parts} ranks" if exact else f"divide into num_blocks={parts}"
-        return f"{linear.in_features} -> {linear.out_features} features do not {into}"
+        return f"{linear.in_features} -> {linear.out_features} features do not divide {into}"
     return None
 
 

@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from lightning_phantom.comm import Ranks, gather
+from lightning_phantom.config import STYLES
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.split import SplitLinear
-
-CUTS = ("column", "row")
 
 
 class ParallelLinear(SplitLinear):
@@ -39,7 +38,8 @@ class ParallelLinear(SplitLinear):
     Args:
         in_features: width of the input, all ranks together; R divides it.
         out_features: width of the output, all ranks together; R divides it.
-        cut: `"column"` or `"row"`; a row layer has a sharded input and a replicated output.
+        style: `"megatron"`: the weight is cut by row where the input is sharded and the output replicated, and by
+            column elsewhere; or `"layerwise"`: by column everywhere.
         bias: whether to learn an additive bias.
         process_group: the ranks that hold the layer between them; `None`: this process holds all of it.
         input_layout: `"replicated"`, input [..., in], or `"sharded"`, input [..., in/R].
@@ -48,10 +48,10 @@ class ParallelLinear(SplitLinear):
         dtype: type of the parameters.
 
     Raises:
-        PhantomError: sizes that R does not divide, an unknown cut or layout, or layouts that a row cut does not have.
+        PhantomError: sizes that R does not divide, an unknown style or layout.
 
     Example:
-        >>> layer = ParallelLinear(64, 32, "column")
+        >>> layer = ParallelLinear(64, 32)
         >>> layer(torch.randn(5, 64)).shape
         torch.Size([5, 32])
     """
@@ -62,7 +62,7 @@ class ParallelLinear(SplitLinear):
         self,
         in_features: int,
         out_features: int,
-        cut: str,
+        style: str = "megatron",
         bias: bool = True,
         *,
         process_group: ProcessGroup | None = None,
@@ -73,20 +73,18 @@ class ParallelLinear(SplitLinear):
     ) -> None:
         super().__init__(in_features, out_features, process_group, input_layout, output_layout)
         size = self.ranks.size
-        if cut not in CUTS:
-            raise PhantomError(f"cut={cut!r}: choose 'column' or 'row'.")
-        if cut == "row" and (input_layout, output_layout) != ("sharded", "replicated"):
-            raise PhantomError(f"a row cut goes from sharded to replicated, not {input_layout} to {output_layout}.")
+        if style not in STYLES:
+            raise PhantomError(f"style={style!r}: choose one of {', '.join(map(repr, STYLES))}.")
         if in_features % size or out_features % size:
             raise PhantomError(f"a layer of {in_features} -> {out_features} features does not divide by {size} ranks.")
-        self.cut = cut
-        self.split_dims: Mapping[str, int] = {"weight": 1} if cut == "row" else {"weight": 0, "bias": 0}
-        shape = (out_features, in_features // size) if cut == "row" else (out_features // size, in_features)
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        row = style == "megatron" and (input_layout, output_layout) == ("sharded", "replicated")
+        self.style: str = style
+        self.cut = "row" if row else "column"
+        self.split_dims: Mapping[str, int] = {"weight": 1} if row else {"weight": 0, "bias": 0}
+        rows, columns = (out_features, in_features // size) if row else (out_features // size, in_features)
+        self.weight = nn.Parameter(torch.empty(rows, columns, device=device, dtype=dtype))
         if bias:
-            self.bias = nn.Parameter(
-                torch.empty(out_features if cut == "row" else shape[0], device=device, dtype=dtype)
-            )
+            self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
@@ -135,7 +133,7 @@ class ParallelLinear(SplitLinear):
         """Describe the layer in `repr`."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"cut={self.cut}, ranks={self.ranks.size}, {self.input_layout} -> {self.output_layout}"
+            f"style={self.style}, cut={self.cut}, ranks={self.ranks.size}, {self.input_layout} -> {self.output_layout}"
         )
 
 
@@ -155,21 +153,21 @@ class _Multiply(torch.autograd.Function):
         shares = ranks.size if gathered else 1
         arriving = ranks.all_gather(x) if gathered else lambda: x.unsqueeze(0)
 
-        zs = []
-        for weight, bias in layers:
-            own = _columns(weight, shares)[mine].mT
-            zs.append(x @ own if bias is None or cut == "row" else torch.addmm(bias, x, own))
-            if cut == "row":
-                zs[-1] = ranks.sum(zs[-1])
+        zs = [
+            x @ _columns(weight, shares)[mine].mT
+            if bias is None or cut == "row"
+            else torch.addmm(bias, x, _columns(weight, shares)[mine].mT)
+            for weight, bias in layers
+        ]
+        sums = [ranks.sum(z) for z in zs] if cut == "row" else []
         xs = arriving()
-        for n, (weight, bias) in enumerate(layers):
-            if cut == "row":
-                zs[n] = zs[n]()
-                if bias is not None:
-                    zs[n] += bias
-            for s in range(shares):
-                if s != mine:
-                    torch.addmm(zs[n], xs[s], _columns(weight, shares)[s].mT, out=zs[n])
+        for s in (s for s in range(shares) if s != mine):
+            for (weight, _), z in zip(layers, zs, strict=True):
+                torch.addmm(z, xs[s], _columns(weight, shares)[s].mT, out=z)
+        for (_, bias), summed in zip(layers, sums, strict=False):
+            z = summed()
+            if bias is not None:
+                z += bias
 
         ctx.ranks, ctx.cut, ctx.gathered = ranks, cut, gathered
         ctx.save_for_backward(xs, *factors[::2])
@@ -196,8 +194,8 @@ class _Multiply(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * (2 * len(dzs))
         for n, (dz, d, weight) in enumerate(zip(dzs, ds, weights, strict=True)):
             if needs[2 * n]:
-                grads[2 * n] = torch.empty_like(weight)
-                torch.bmm(d.mT, xs, out=_columns(grads[2 * n], shares))
+                grads[2 * n] = d_weight = torch.empty_like(weight)
+                torch.bmm(d.mT, xs, out=_columns(d_weight, shares))
             if needs[2 * n + 1]:
                 grads[2 * n + 1] = dz.sum(0)
         return (summed() if needs_x else None, None, None, None, *grads)

@@ -99,8 +99,8 @@ def check_trainer(trainer: L.Trainer, ranks: int, swapped_late: bool) -> None:
             )
         if swapped_late and getattr(callback, "_average_model", None) is not None:
             raise PhantomError(
-                f"{type(callback).__name__} copied the model before the layers that configure_model makes were put "
-                f"into phantom layout. Make them in __init__, or leave the callback out."
+                f"{type(callback).__name__} copied the model before the layers that configure_model makes were swapped. "
+                f"Make them in __init__, or leave the callback out."
             )
         if isinstance(callback, ThroughputMonitor) and ranks > 1:
             rank_zero_warn(

@@ -19,7 +19,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from lightning_phantom.comm import Ranks, broadcast
 from lightning_phantom.errors import PhantomError
-from lightning_phantom.layers import sharded_parameters
+from lightning_phantom.split import sharded_parameters
 
 FIRST_BATCHES = 2  # of each kind (training, validation, ...) in a run
 EVERY_STEPS = 1000  # training steps between checks of the parameters

@@ -15,7 +15,7 @@ from lightning_phantom.comm import Ranks, broadcast
 from lightning_phantom.config import PhantomConfig, TensorParallelConfig
 from lightning_phantom.convert import block_diagonal
 from lightning_phantom.errors import PhantomError, PlanError
-from lightning_phantom.ffn import Plan, PlannedLayer, plan_phantom
+from lightning_phantom.ffn import Config, Plan, PlannedLayer, plan_phantom
 from lightning_phantom.layers import PhantomLinear
 from lightning_phantom.parallel_linear import ParallelLinear
 from lightning_phantom.split import SplitLinear
@@ -117,7 +117,7 @@ def _check_weights(module: nn.Module, plan: Plan) -> None:
 def _split_layer(
     linear: nn.Linear,
     planned: PlannedLayer,
-    config: PhantomConfig | TensorParallelConfig,
+    config: Config,
     process_group: dist.ProcessGroup | None,
     source_group: dist.ProcessGroup | None,
 ) -> SplitLinear:
@@ -134,8 +134,7 @@ def _split_layer(
     }
     split: SplitLinear
     if isinstance(config, TensorParallelConfig):
-        row = config.style == "megatron" and planned.layouts == ("sharded", "replicated")
-        split = ParallelLinear(*sizes, "row" if row else "column", **kind)
+        split = ParallelLinear(*sizes, config.style, **kind)
     else:
         assert planned.phantom_width is not None
         split = PhantomLinear(*sizes, config.num_blocks, planned.phantom_width, **kind)
@@ -153,7 +152,7 @@ def _fill(
     split: SplitLinear,
     weight: Tensor,
     bias: Tensor | None,
-    config: PhantomConfig | TensorParallelConfig,
+    config: Config,
     source_group: dist.ProcessGroup | None,
 ) -> None:
     """Initialise a layer from the dense one of the source group's first rank: unseeded ranks hold different weights."""
