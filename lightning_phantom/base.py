@@ -205,8 +205,9 @@ class SplitStrategy(CheckpointingStrategy):
         self.model = self.precision_plugin.convert_module(self.model)
         if split_layers(self.lightning_module) != layers:
             raise PhantomError(
-                f"{type(self.precision_plugin).__name__} has put layers of its own where the {self.layer_kind} layers were; it "
-                f"replaces linear layers, which {self.layer_kind} layers are not in its sense. Use a plain precision."
+                f"{type(self.precision_plugin).__name__} has put layers of its own where the {self.layer_kind} layers "
+                f"were; it replaces linear layers, which {self.layer_kind} layers are not in its sense. Use a plain "
+                f"precision."
             )
         self.model_to_device()
         self._align_replicated()

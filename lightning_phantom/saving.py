@@ -107,8 +107,8 @@ class CheckpointingStrategy(DDPStrategy):
         saved = checkpoint.get("phantom", {}).get("optimizers")
         if saved is None:
             raise CheckpointError(
-                f"the checkpoint holds no optimizer state for {self.layer_kind} layers, so the fit cannot go on from it. To start "
-                f"from its weights, load them in the module (or its setup hook) and fit without ckpt_path."
+                f"the checkpoint holds no optimizer state for {self.layer_kind} layers, so the fit cannot go on from "
+                f"it. To start from its weights, load them in the module (or its setup hook) and fit without ckpt_path."
             )
         if len(saved) != len(self.optimizers):
             raise CheckpointError(f"the checkpoint has {len(saved)} optimizers, the module {len(self.optimizers)}.")

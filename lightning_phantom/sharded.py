@@ -110,8 +110,8 @@ def check_splits(module: nn.Module, rest: Mapping[str, Any]) -> None:
     for name, here in _splits(module).items():
         if saved.get(name, here) != here:
             raise CheckpointError(
-                f"the shards of {name!r} are split along {saved[name]} in the checkpoint and along {here} in the model; "
-                f"use the style it was saved with, or save with state_dict_type='full'."
+                f"{name!r} is split along {saved[name]} in the checkpoint and along {here} in the model; use the style "
+                f"it was saved with, or save with state_dict_type='full'."
             )
 
 

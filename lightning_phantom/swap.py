@@ -181,8 +181,8 @@ def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
 def densify(module: nn.Module) -> nn.Module:
     """Return a copy of `module` with plain layers again: the same function, the original classes and dtypes.
 
-    A phantom or tensor-parallel layer becomes the `nn.Linear` of its dense weight. Collective when layers are shared between ranks; every
-    rank gets the whole module.
+    A phantom or tensor-parallel layer becomes the `nn.Linear` of its dense weight. Collective when layers are shared
+    between ranks; every rank gets the whole module.
     """
     dense = copy.deepcopy(module)
     chains = {id(m.chain): m.chain for m in dense.modules() if isinstance(m, SplitLinear) and m.chain is not None}

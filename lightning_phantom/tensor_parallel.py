@@ -19,7 +19,7 @@ from lightning_phantom.split import SplitLinear
 
 
 class TensorParallelStrategy(SplitStrategy):
-    """Tensor parallelism for the feed-forward layers of any LightningModule; also `Trainer(strategy="tensor_parallel")`.
+    """Tensor parallelism for the feed-forward layers of a LightningModule; `Trainer(strategy="tensor_parallel")`.
 
     The exact counterpart of `PhantomStrategy`, to compare it with: the same linears, found and proven alike, in the
     same training, but each computes the dense layer that it was. Each group of R ranks holds one replica of the model;

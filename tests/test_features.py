@@ -1052,7 +1052,7 @@ def test_device_stats_monitor(tmp_path):
 
 
 def test_pruning_is_refused():
-    with pytest.raises(PhantomError, match="ModelPruning would prune a phantom layer's diagonal blocks"):
+    with pytest.raises(PhantomError, match="ModelPruning would prune each rank's share of a layer"):
         train(plain, callbacks=[ModelPruning("l1_unstructured", amount=0.5)])
 
 
@@ -1322,13 +1322,13 @@ def test_ranks_that_differ_are_named(two):
     for seen in two(two_replica_checks):
         assert seen["batches"] == (
             "PhantomError",
-            "the ranks of a phantom group got different training batches. They must load the same samples in the same "
+            "the ranks of one replica got different training batches. They must load the same samples in the same "
             "order and augment them alike: seed with seed_everything(..., workers=True), and let your own sampler use "
             "trainer.distributed_sampler_kwargs. First difference: 'batch[0]', ranks [0] against [1].",
         )
         assert seen["drift"] == (
             "PhantomError",
-            "the ranks of a phantom group hold different values of a parameter that they should share. Something in "
+            "the ranks of one replica hold different values of a parameter that they should share. Something in "
             "training_step or an optimizer hook depends on the rank or on an unseeded generator. First difference: "
             "'tail.1.bias', ranks [0] against [1].",
         )
