@@ -19,8 +19,8 @@ ROOT = Path(__file__).parent.parent
 # Each module imports only from those before it.
 ORDER = (
     "errors launch rng files config cost comm convert chain split fused layers parallel_linear proof ffn swap mesh "
-    "gradients prepare replicas checkpoint sharded saving base strategy tensor_parallel energy_report energy_meter "
-    "energy_fit energy __init__ cli __main__"
+    "gradients prepare replicas checkpoint sharded saving running base strategy tensor_parallel energy_report "
+    "energy_meter energy_fit energy __init__ cli __main__"
 ).split()
 
 

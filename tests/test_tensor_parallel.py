@@ -316,7 +316,7 @@ def fit(folder, strategy, dtype=torch.float64, batch_size=8, ckpt_path=None, mod
     module = Seen() if module is None else module
     precision = "64-true" if dtype == torch.float64 else "32-true"
     t = trainer(folder, strategy=strategy, precision=precision, gradient_clip_val=0.3, **{"max_epochs": 2, **kwargs})
-    t.fit(module, loader(32, batch_size, dtype=dtype, shuffle=True), ckpt_path=ckpt_path)
+    t.fit(module, loader(32, batch_size, dtype=dtype), ckpt_path=ckpt_path)
     return module, t
 
 
