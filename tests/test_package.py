@@ -155,7 +155,7 @@ def blocks(language):
 
 def test_readme_python_runs():
     ran = [exec(compile(block, "README.md", "exec"), {}) for block in blocks("python") if "MyModule" not in block]
-    assert len(ran) == 2
+    assert len(ran) == 3
 
 
 def test_readme_yaml_is_accepted(tmp_path, monkeypatch):
