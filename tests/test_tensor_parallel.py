@@ -125,19 +125,42 @@ def test_one_rank_is_the_dense_model():
     exactness(None)
 
 
-def several_ranks():
+def layers_hold():
     group = dist.group.WORLD
-    exactness(group)
-    traffic(group)
-    torchs_own(group)
-    overlaps(group)
-    dropout(group)
-    details(group)
+    for check in (exactness, traffic, torchs_own, overlaps, dropout, details):
+        check(group)
+    return True
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_several_ranks_are_the_dense_model(size):
-    run_ranks(size, several_ranks)
+# Ranks are slow to start: everything that runs on two of them, and on four, does so in one start.
+
+
+def on_two_ranks(folder):
+    teacher()
+    return {"layers": layers_hold(), "trained": [trained({})], "saved": formats(folder)}
+
+
+def on_four_ranks(folder):
+    return {
+        "layers": layers_hold(),
+        "trained": [trained({}), trained({"data_parallel_size": 2})],
+        "resumed": resumed(folder),
+    }
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    return folder, run_ranks(2, on_two_ranks, str(folder), timeout_s=400)
+
+
+@pytest.fixture(scope="module")
+def four(two):
+    return run_ranks(4, on_four_ranks, str(two[0]), timeout_s=400)
+
+
+def test_several_ranks_are_the_dense_model(two, four):
+    assert all(seen["layers"] for seen in (*two[1], *four))
 
 
 def traffic(group):
@@ -334,7 +357,7 @@ def outcome(module):
     return {"losses": module.losses, "norms": module.norms, "weights": densify(module).state_dict()}
 
 
-def on_ranks(sizes):
+def trained(sizes):
     seen = {}
     replicas = sizes.get("data_parallel_size", 1)
     for style, dtype in itertools.product(STYLES, (torch.float64, torch.float32)):
@@ -355,16 +378,15 @@ def dense(tmp_path_factory):
     return {d: outcome(fit(folder, "auto", d, devices=1)[0]) for d in (torch.float64, torch.float32)}
 
 
-@pytest.mark.parametrize(("size", "sizes"), [(2, {}), (4, {}), (4, {"data_parallel_size": 2})])
-def test_the_trainer_trains_the_dense_model(dense, size, sizes):
-    for seen in run_ranks(size, on_ranks, sizes):
+def test_the_trainer_trains_the_dense_model(dense, two, four):
+    for replicas, seen in [(n, seen) for result in (*two[1], *four) for n, seen in enumerate(result["trained"], 1)]:
         for (style, dtype), result in seen.items():
             error = 1e-9 if dtype == torch.float64 else 1e-4
             expected = dense[dtype]
             for name, value in expected["weights"].items():
                 assert torch.allclose(result["weights"][name], value, atol=error, rtol=error), (style, dtype, name)
             assert result["norms"] == pytest.approx(expected["norms"], rel=1e-6 if dtype == torch.float64 else 1e-4)
-            if not sizes:
+            if replicas == 1:
                 assert result["losses"] == pytest.approx(expected["losses"], rel=error)
 
 
@@ -408,40 +430,23 @@ def formats(folder):
     return losses
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    return folder, run_ranks(2, formats, str(folder))[0]
-
-
-def resumed_elsewhere(folder):
-    seen = {}
-    for kind, style in itertools.product(("full", "sharded"), STYLES):
-        module, _ = fit(
-            folder, TensorParallelStrategy(style=style), ckpt_path=f"{folder}/{kind}-{style}-plain.ckpt", max_epochs=2
-        )
-        seen[kind, style] = module.losses
-    return seen
-
-
-def test_checkpoints_resume_on_other_ranks(saved):
-    folder, expected = saved
-    for seen in (*run_ranks(4, resumed_elsewhere, str(folder)), resumed_alone(folder)):
-        for case, losses in seen.items():
-            assert len(losses) == 4 and losses == pytest.approx(expected[case], rel=1e-9), case
-
-
-def resumed_alone(folder):
+def resumed(folder, **kwargs):
     seen = {}
     for kind, style in itertools.product(("full", "sharded"), STYLES):
         path = f"{folder}/{kind}-{style}-plain.ckpt"
-        if kind == "full" or style == "layerwise":
-            seen[kind, style] = fit(folder, TensorParallelStrategy(style=style), devices=1, ckpt_path=path)[0].losses
+        seen[kind, style] = fit(folder, TensorParallelStrategy(style=style), ckpt_path=path, **kwargs)[0].losses
     return seen
 
 
-def test_a_full_checkpoint_is_a_plain_one(saved):
-    folder, _ = saved
+def test_checkpoints_resume_on_other_ranks(two, four):
+    folder, results = two
+    for seen in (*(result["resumed"] for result in four), resumed(folder, devices=1)):
+        for case, losses in seen.items():
+            assert len(losses) == 4 and losses == pytest.approx(results[0]["saved"][case], rel=1e-9), case
+
+
+def test_a_full_checkpoint_is_a_plain_one(two):
+    folder, _ = two
     for style in STYLES:
         path = folder / f"full-{style}-plain.ckpt"
         file = torch.load(path, weights_only=True)
@@ -454,8 +459,8 @@ def test_a_full_checkpoint_is_a_plain_one(saved):
         assert plain(x).isfinite().all()
 
 
-def test_styles_and_methods_tell_their_checkpoints_apart(saved, tmp_path):
-    folder, _ = saved
+def test_styles_and_methods_tell_their_checkpoints_apart(two, tmp_path):
+    folder, _ = two
     with pytest.raises(CheckpointError, match=r"'net.3' is split along .* use the style it was saved with"):
         fit(tmp_path, TensorParallelStrategy(style="layerwise"), ckpt_path=folder / "sharded-megatron.ckpt", devices=1)
     # A full one holds whole tensors, which any style can take.
@@ -483,10 +488,6 @@ def test_styles_and_methods_tell_their_checkpoints_apart(saved, tmp_path):
         fit(tmp_path, exact, devices=1, ckpt_path=folder / "sharded-megatron.ckpt")
 
 
-def test_a_teacher_with_the_same_names_keeps_its_weights():
-    run_ranks(2, teacher)
-
-
 class Student(Seen):
     """Its teacher's first layer has the shape of one rank's share of its own."""
 
@@ -498,6 +499,7 @@ class Student(Seen):
 
 
 def teacher():
+    """A checkpoint keeps the weights of a module whose layers are named like those that are split."""
     folder = shared_folder()
     module = Student()
     dist.broadcast(module.teacher.net[0].weight.data, 0)
