@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from test_checkpoints import SaveAt
 from test_layers import Gated, count_every_collective
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -93,6 +94,8 @@ def same(dense, split, kind, error):
 def exactness(group):
     """Outputs, every gradient, and the weights after some steps, beside the dense module's."""
     for (name, make), style, dtype in itertools.product(MODULES.items(), STYLES, (torch.float64, torch.float32)):
+        if dtype == torch.float32 and name not in ("odd", "gated"):
+            continue
         torch.manual_seed(1)
         error = 1e-10 if dtype == torch.float64 else 1e-5
         dense = make().to(dtype).train()
@@ -412,21 +415,18 @@ def formats(folder):
     for kind, style in itertools.product(("full", "sharded"), STYLES):
         path = f"{folder}/{kind}-{style}.ckpt"
         options = {"style": style, "state_dict_type": kind}
-        _, t = fit(folder, TensorParallelStrategy(**options), module=Random(), max_epochs=1)
-        t.save_checkpoint(path)
-        straight, _ = fit(folder, TensorParallelStrategy(**options), module=Random())
-        resumed, _ = fit(folder, TensorParallelStrategy(**options), module=Random(), ckpt_path=path)
-        assert straight.losses[4:] == resumed.losses and len(resumed.losses) == 4
-        assert straight.norms[4:] == resumed.norms
-        for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
+        save = SaveAt(4, path)
+        straight, _ = fit(folder, TensorParallelStrategy(**options), module=Random(), callbacks=[save])
+        again, _ = fit(folder, TensorParallelStrategy(**options), module=Random(), ckpt_path=path)
+        assert len(again.losses) == 4 and straight.losses[4:] == again.losses
+        assert straight.norms[4:] == again.norms
+        for a, b in zip(straight.parameters(), again.parameters(), strict=True):
             assert torch.equal(a, b)
-        _, t = fit(folder, TensorParallelStrategy(**options), max_epochs=1)
-        t.save_checkpoint(f"{folder}/{kind}-{style}-plain.ckpt")
-        losses[kind, style] = fit(folder, TensorParallelStrategy(**options))[0].losses[4:]
-    _, t = fit(folder, PhantomStrategy(num_blocks=4), max_epochs=1)
-    t.save_checkpoint(f"{folder}/phantom.ckpt")
-    _, t = fit(folder, PhantomStrategy(num_blocks=4, state_dict_type="sharded"), max_epochs=1)
-    t.save_checkpoint(f"{folder}/phantom-sharded.ckpt")
+        save = SaveAt(4, f"{folder}/{kind}-{style}-plain.ckpt")
+        losses[kind, style] = fit(folder, TensorParallelStrategy(**options), callbacks=[save])[0].losses[4:]
+    for kind in ("full", "sharded"):
+        strategy = PhantomStrategy(num_blocks=4, state_dict_type=kind)
+        fit(folder, strategy, callbacks=[SaveAt(4, f"{folder}/phantom-{kind}.ckpt")], max_epochs=1)
     return losses
 
 
@@ -467,7 +467,7 @@ def test_styles_and_methods_tell_their_checkpoints_apart(two, tmp_path):
     fit(tmp_path, TensorParallelStrategy(style="layerwise"), ckpt_path=folder / "full-megatron.ckpt", devices=1)
     exact = PhantomStrategy(num_blocks=4, phantom_width=10**6, plan={"net.*": "phantom"})
     for strategy, theirs, ours in (
-        (TensorParallelStrategy(), "phantom", "tensor-parallel"),
+        (TensorParallelStrategy(), "phantom-full", "tensor-parallel"),
         (exact, "full-megatron-plain", "phantom"),
     ):
         path = folder / f"{theirs}.ckpt"
