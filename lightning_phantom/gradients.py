@@ -11,12 +11,13 @@ from torch.optim import Optimizer
 
 from lightning_phantom.comm import Ranks
 from lightning_phantom.errors import PhantomError
-from lightning_phantom.layers import phantom_layers
+from lightning_phantom.layers import PhantomLinear
+from lightning_phantom.split import Split, split_layers
 
 
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: Iterable[Tensor], max_norm: float, sharded: dict[int, Ranks], norm_type: float = 2.0
+    parameters: Iterable[Tensor], max_norm: float, sharded: dict[int, Split], norm_type: float = 2.0
 ) -> Tensor:
     """Scale the gradients down to a global norm of `max_norm`, and return the norm before; collective.
 
@@ -25,7 +26,7 @@ def clip_grad_norm_(
     held = [p for p in parameters if p.grad is not None]
     shards = [p.grad for p in held if id(p) in sharded and p.grad is not None]
     replicated = [p.grad for p in held if id(p) not in sharded and p.grad is not None]
-    ranks = next((sharded[id(p)] for p in held if id(p) in sharded), Ranks(None))
+    ranks = next((sharded[id(p)].ranks for p in held if id(p) in sharded), Ranks(None))
     device = held[0].device if held else torch.device("cpu")
 
     def power(grads: Sequence[Tensor]) -> Tensor:
@@ -75,7 +76,7 @@ def _named(optimizers: Iterable[Optimizer], names: set[str]) -> list[str]:
 
 
 def check_optimizers(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
-    """Raise PhantomError where an optimizer holds parameters from before the swap, or only a part of a layer's.
+    """Raise PhantomError where an optimizer holds parameters from before the swap, or only a part of a phantom layer's.
 
     Both train silently: the old parameters go nowhere, the missing factors stay as they are.
     """
@@ -84,9 +85,10 @@ def check_optimizers(optimizers: Iterable[Optimizer], module: nn.Module) -> None
     if stale:
         raise PhantomError(
             f"the optimizer holds {stale} parameters that are no longer in the model: they were collected before the "
-            f"layers were put into phantom layout. Collect them inside configure_optimizers, from self.parameters()."
+            f"layers were swapped. Collect them inside configure_optimizers, from self.parameters()."
         )
-    for name, layer in phantom_layers(module).items():
+    phantom = {name: layer for name, layer in split_layers(module).items() if isinstance(layer, PhantomLinear)}
+    for name, layer in phantom.items():
         trainable = {key: id(p) for key, p in layer.named_parameters(recurse=False) if p.requires_grad}
         missing = [key for key, identity in trainable.items() if identity not in held]
         if missing and len(missing) < len(trainable):
