@@ -25,6 +25,7 @@ from lightning_phantom.comm import Ranks
 from lightning_phantom.convert import Factors, to_dense
 from lightning_phantom.errors import CheckpointError
 from lightning_phantom.layers import PhantomLinear, phantom_layers, sharded_parameters
+from lightning_phantom.linears import oriented
 
 VERSION = 1
 FACTORS = ("weight", "compressor_weight", "decompressor_weight", "bias")
@@ -126,7 +127,8 @@ def _gather_state(module: nn.Module, state: Mapping[str, Any]) -> tuple[dict[str
             whole = {f: tensor for f, tensor in gathered.items() if tensor is not None}
             if whole:
                 factors.update({base + f: tensor for f, tensor in whole.items()})
-                dense[key] = to_dense(Factors(*(whole[f] for f in FACTORS[:3])), bases[base].num_blocks)
+                weight = to_dense(Factors(*(whole[f] for f in FACTORS[:3])), bases[base].num_blocks)
+                dense[key] = oriented(weight, bases[base].dense_class).contiguous()
                 if "bias" in whole:
                     dense[f"{base}bias"] = whole["bias"]
     return dense, factors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from lightning_phantom.config import PhantomConfig, resolve_phantom_width
 from lightning_phantom.cost import Layer, phantom_weights
 from lightning_phantom.errors import PlanError
 from lightning_phantom.layers import PhantomLinear
-from lightning_phantom.proof import ProvenChain, Traces, has_forward_hooks
+from lightning_phantom.linears import features, is_conv1d, is_linear
+from lightning_phantom.proof import ProvenChain, Traces
+from lightning_phantom.tracing import has_forward_hooks
 
 # Modules that read the weights of their linears themselves, in fused kernels.
 _READS_WEIGHTS = (nn.MultiheadAttention,)
@@ -148,7 +151,7 @@ def plan_phantom(module: nn.Module, config: PhantomConfig) -> Plan:
     Raises:
         PlanError: the user's plan names what is not there or cannot be swapped, or a layout that is not proven.
     """
-    linears = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+    linears = {name: m for name, m in module.named_modules() if is_linear(m)}
     new = {name: m for name, m in linears.items() if not isinstance(m, PhantomLinear)}
     words = _resolve_words(config.plan, linears, module)
     traces = Traces(module)
@@ -197,7 +200,7 @@ def plan_phantom(module: nn.Module, config: PhantomConfig) -> Plan:
 
 
 def _resolve_words(
-    plan: Mapping[str, str] | None, linears: Mapping[str, nn.Linear], module: nn.Module
+    plan: Mapping[str, str] | None, linears: Mapping[str, nn.Module], module: nn.Module
 ) -> dict[str, str]:
     """The plan's word for each linear it names; later entries win."""
     words: dict[str, str] = {}
@@ -225,11 +228,11 @@ def _check_layouts(words: Mapping[str, str], layouts: Mapping[str, tuple[str, st
 
 
 def _describe(
-    name: str, linear: nn.Linear, config: PhantomConfig, layouts: tuple[str, str] | None, reason: str
+    name: str, linear: nn.Module, config: PhantomConfig, layouts: tuple[str, str] | None, reason: str
 ) -> PlannedLayer:
-    sizes = (linear.in_features, linear.out_features)
+    sizes = features(linear)
     bias = linear.bias is not None
-    before = linear.in_features * linear.out_features + bias * linear.out_features
+    before = math.prod(sizes) + bias * sizes[1]
     if isinstance(linear, PhantomLinear):
         k = linear.phantom_width
         after = phantom_weights(*sizes, linear.num_blocks, k, bias)
@@ -241,22 +244,22 @@ def _describe(
     return PlannedLayer(name, *sizes, bias, _WORDS[layouts], reason, k, before, after)
 
 
-def _indivisible(linear: nn.Linear, config: PhantomConfig) -> str | None:
-    p, sizes = config.num_blocks, (linear.in_features, linear.out_features)
+def _indivisible(linear: nn.Module, config: PhantomConfig) -> str | None:
+    p, sizes = config.num_blocks, features(linear)
     if any(size % p or not size for size in sizes):
-        return f"{linear.in_features} -> {linear.out_features} features do not divide into num_blocks={p}"
+        return f"{sizes[0]} -> {sizes[1]} features do not divide into num_blocks={p}"
     return None
 
 
-def _no_gain(linear: nn.Linear, config: PhantomConfig) -> str | None:
-    sizes = (linear.in_features, linear.out_features)
+def _no_gain(linear: nn.Module, config: PhantomConfig) -> str | None:
+    sizes = features(linear)
     k = resolve_phantom_width(config.phantom_width, *sizes, config.num_blocks)
-    if phantom_weights(*sizes, config.num_blocks, k, False) < linear.in_features * linear.out_features:
+    if phantom_weights(*sizes, config.num_blocks, k, False) < math.prod(sizes):
         return None
     return f"phantom would not make it smaller at k={k}"
 
 
-def _unfit(module: nn.Module, linears: Mapping[str, nn.Linear], traces: Traces) -> dict[str, str]:
+def _unfit(module: nn.Module, linears: Mapping[str, nn.Module], traces: Traces) -> dict[str, str]:
     """Why a linear cannot be swapped whatever the sizes."""
     uses = Counter(_memory(p) for m in module.modules() for p in m._parameters.values() if p is not None)
     paths = Counter(id(m) for _, m in module.named_modules(remove_duplicate=False))
@@ -285,10 +288,10 @@ def _memory(parameter: nn.Parameter) -> int:
     return (plain and parameter.untyped_storage().data_ptr()) or id(parameter)
 
 
-def _unusual(linear: nn.Linear) -> str | None:
+def _unusual(linear: Any) -> str | None:
     if parametrize.is_parametrized(linear):
         return "it is parametrised"
-    if type(linear) is not nn.Linear:
+    if type(linear) is not nn.Linear and not is_conv1d(type(linear)):
         return f"{type(linear).__name__} is not nn.Linear itself"
     if not isinstance(linear._parameters.get("weight"), nn.Parameter) or set(linear._parameters) - {"weight", "bias"}:
         return "its weight is pruned or otherwise computed"

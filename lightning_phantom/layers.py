@@ -35,6 +35,7 @@ from lightning_phantom.comm import Ranks, gather, scatter
 from lightning_phantom.config import check_phantom_width, is_int, resolve_phantom_width
 from lightning_phantom.convert import Blocks, Factors, from_dense, random_bias, random_factors, to_dense
 from lightning_phantom.errors import LayoutError, PhantomError
+from lightning_phantom.linears import oriented
 
 LAYOUTS = ("replicated", "sharded")
 
@@ -97,6 +98,8 @@ class PhantomLinear(nn.Linear):
         self.input_layout = input_layout
         self.output_layout = output_layout
 
+        # Set when the layer takes a dense one's place; state dicts hold dense weights in that one's orientation.
+        self.dense_class: type[nn.Module] = nn.Linear
         # Set when the layer becomes a member of a chain, or one of a gated pair.
         self.name = ""
         self.chain: Chain | None = None
@@ -195,9 +198,10 @@ class PhantomLinear(nn.Linear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         weight = state_dict.get(f"{prefix}weight")
-        dense = isinstance(weight, Tensor) and tuple(weight.shape) == (self.out_features, self.in_features)
-        if weight is not None and dense and f"{prefix}compressor_weight" not in state_dict:
-            state_dict = {**state_dict, **self._factored(weight, state_dict.get(f"{prefix}bias"), prefix)}
+        if isinstance(weight, Tensor) and weight.dim() == 2 and f"{prefix}compressor_weight" not in state_dict:
+            weight = oriented(weight, self.dense_class)
+            if tuple(weight.shape) == (self.out_features, self.in_features):
+                state_dict = {**state_dict, **self._factored(weight, state_dict.get(f"{prefix}bias"), prefix)}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @torch.no_grad()

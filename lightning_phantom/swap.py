@@ -16,6 +16,7 @@ from lightning_phantom.convert import block_diagonal
 from lightning_phantom.errors import PhantomError, PlanError
 from lightning_phantom.ffn import Plan, PlannedLayer, plan_phantom
 from lightning_phantom.layers import PhantomLinear
+from lightning_phantom.linears import features, make_linear, oriented
 
 
 def phantomize_(module: nn.Module, config: PhantomConfig, process_group: dist.ProcessGroup | None = None) -> nn.Module:
@@ -67,13 +68,13 @@ def carry_out(
     swapped: dict[str, PhantomLinear] = {}
     for layer in plan.swapped:
         linear = module.get_submodule(layer.name)
-        assert isinstance(linear, nn.Linear)
         swapped[layer.name] = _phantom_layer(linear, layer, config, process_group, source_group)
         _replace(module, linear, swapped[layer.name])
     dropouts: dict[nn.Dropout, list[tuple[Chain, tuple[bool, ...]]]] = {}
     for proven in plan.chains:
         chain = Chain(proven.owner, proven.members)
-        chain.attach(module.get_submodule(proven.owner))
+        opaque = [module.get_submodule(name) for name in proven.opaque]
+        chain.attach(module.get_submodule(proven.owner), opaque, proven.named_only)
         for name in proven.members:
             swapped[name].chain = chain
         for group in proven.siblings:
@@ -107,18 +108,19 @@ def _check_weights(module: nn.Module, plan: Plan) -> None:
 
 @torch.no_grad()
 def _phantom_layer(
-    linear: nn.Linear,
+    linear: nn.Module,
     planned: PlannedLayer,
     config: PhantomConfig,
     process_group: dist.ProcessGroup | None,
     source_group: dist.ProcessGroup | None,
 ) -> PhantomLinear:
     assert planned.phantom_width is not None
-    weight, bias = linear.weight, linear.bias
+    weight, bias = oriented(linear.weight, type(linear)), linear.bias  # type: ignore[arg-type]
+    in_features, out_features = features(linear)
     input_layout, output_layout = planned.layouts
     phantom = PhantomLinear(
-        linear.in_features,
-        linear.out_features,
+        in_features,
+        out_features,
         config.num_blocks,
         planned.phantom_width,
         bias is not None,
@@ -128,7 +130,7 @@ def _phantom_layer(
         device="meta",
         dtype=weight.dtype,
     )
-    phantom.name, phantom.init_seed = planned.name, config.seed
+    phantom.name, phantom.init_seed, phantom.dense_class = planned.name, config.seed, type(linear)
     phantom.train(linear.training)
     if not weight.is_meta:
         phantom.to_empty(device=weight.device)
@@ -167,8 +169,8 @@ def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
 def densify(module: nn.Module) -> nn.Module:
     """Return a copy of `module` with plain layers again: the same function, the original classes and dtypes.
 
-    A phantom layer becomes the `nn.Linear` of its dense weight. Collective when layers are shared between ranks; every
-    rank gets the whole module.
+    A phantom layer becomes what it was put in the place of (`nn.Linear`, or GPT-2's `Conv1D`), with its dense weight.
+    Collective when layers are shared between ranks; every rank gets the whole module.
     """
     dense = copy.deepcopy(module)
     chains = {id(m.chain): m.chain for m in dense.modules() if isinstance(m, PhantomLinear) and m.chain is not None}
@@ -190,9 +192,9 @@ def densify(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _dense_layer(layer: PhantomLinear) -> nn.Linear:
-    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    linear.weight = nn.Parameter(layer.dense_weight(), requires_grad=layer.weight.requires_grad)
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.global_tensor("bias"), requires_grad=layer.bias.requires_grad)
+def _dense_layer(layer: PhantomLinear) -> nn.Module:
+    bias = None if layer.bias is None else layer.global_tensor("bias")
+    linear = make_linear(layer.dense_class, layer.dense_weight(), bias)
+    for name, parameter in linear.named_parameters():
+        parameter.requires_grad_(layer.get_parameter(name).requires_grad)
     return linear
