@@ -26,8 +26,8 @@ class Chain:
     """A chain of layers that hand sharded activations to each other inside the forward of one module, the owner.
 
     The proof of a chain covers the owner's own forward and nothing else, so a member called elsewhere raises
-    instead of reading a replicated activation as a sharded one. So does one called in a part of that forward which could
-    not be traced, and any call of the owner with arguments that the proof knows nothing of.
+    instead of reading a replicated activation as a sharded one. So does one called in a part of that forward that could
+    not be traced, and a call of the owner with arguments of which the proof knows nothing.
 
     Args:
         owner: name of the module whose forward was proven.

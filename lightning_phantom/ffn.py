@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from lightning_phantom.chain import runs_own_forward
 from lightning_phantom.config import PhantomConfig, resolve_phantom_width
 from lightning_phantom.cost import Layer, phantom_weights
+from lightning_phantom.declared import declared_chains, declared_words, left_exact
 from lightning_phantom.errors import PlanError
 from lightning_phantom.layers import PhantomLinear
 from lightning_phantom.linears import features, is_conv1d, is_linear
@@ -146,7 +147,9 @@ def plan_phantom(module: nn.Module, config: PhantomConfig) -> Plan:
     """List every linear of `module`, what happens to it under `config`, and why. Changes nothing.
 
     Without a plan of the user's own, a linear is swapped when it lies in a proven chain of two or more and phantom
-    makes it smaller; `"skip"` is the decision for the others. With one, the linears that it names are swapped.
+    makes it smaller; `"skip"` is the decision for the others. A model's own tensor parallel plan (Hugging Face's models
+    have one) stands in for the proof of a feed-forward block that cannot be traced. With a plan of the user's own, the
+    linears that it names are swapped.
 
     Raises:
         PlanError: the user's plan names what is not there or cannot be swapped, or a layout that is not proven.
@@ -168,11 +171,15 @@ def plan_phantom(module: nn.Module, config: PhantomConfig) -> Plan:
             raise PlanError("\n".join(["the plan names layers that cannot be swapped; skip them:", *refused]))
 
     chains, unproven = traces.chains(available)
+    declared = declared_words(module, new)
+    if config.plan is None:
+        proven = {name for chain in chains for name in chain.members}
+        chains += declared_chains(module, declared, set(available) - proven, traces)
     layouts = {name: ("replicated", "replicated") for name in available if config.plan is not None}
     for chain in chains:
         outputs = dict(chain.outputs)
         layouts.update({name: (layout, outputs[name]) for name, layout in chain.inputs})
-    owners = {name: chain.owner for chain in chains for name in chain.members}
+    chain_of = {name: chain for chain in chains for name in chain.members}
 
     def why_in_no_chain(name: str) -> str:
         return unproven.get(name) or traces.why_untraced(name)
@@ -185,8 +192,7 @@ def plan_phantom(module: nn.Module, config: PhantomConfig) -> Plan:
         if isinstance(linear, PhantomLinear):
             layers.append(_describe(name, linear, config, None, "is a phantom layer already"))
         elif name in layouts:
-            owner = owners.get(name)
-            reason = f"chain in {owner or 'the root module'}" if owner is not None else "named in the plan"
+            reason = _why_swapped(chain_of.get(name), declared.get(name), traces)
             if no_gain := _no_gain(linear, config):
                 reason = f"{reason}; warning: {no_gain}"
             layers.append(_describe(name, linear, config, layouts[name], reason))
@@ -194,9 +200,19 @@ def plan_phantom(module: nn.Module, config: PhantomConfig) -> Plan:
             reason = "skipped by the plan" if name in words else "not named in the plan"
             layers.append(_describe(name, linear, config, None, reason))
         else:
-            reason = obstacles[name] or f"no proven chain: {why_in_no_chain(name)}"
+            exact = left_exact(declared[name], unproven.get(name)) if name in declared else None
+            reason = obstacles[name] or exact or f"no proven chain: {why_in_no_chain(name)}"
             layers.append(_describe(name, linear, config, None, reason))
     return Plan(config, tuple(layers), tuple(chains))
+
+
+def _why_swapped(chain: ProvenChain | None, declared: str | None, traces: Traces) -> str:
+    if chain is None:
+        return "named in the plan"
+    where = f"chain in {chain.owner or 'the root module'}"
+    if chain.owner in traces.untraceable:
+        return f"{where}, not traced ({traces.untraceable[chain.owner]}) but declared by the model's own TP plan"
+    return f"{where}, traced" if declared else where
 
 
 def _resolve_words(
@@ -261,7 +277,11 @@ def _no_gain(linear: nn.Module, config: PhantomConfig) -> str | None:
 
 def _unfit(module: nn.Module, linears: Mapping[str, nn.Module], traces: Traces) -> dict[str, str]:
     """Why a linear cannot be swapped whatever the sizes."""
-    uses = Counter(_memory(p) for m in module.modules() for p in m._parameters.values() if p is not None)
+    users: dict[int, list[str]] = defaultdict(list)
+    for name, m in module.named_modules():
+        for parameter in m._parameters.values():
+            if parameter is not None:
+                users[_memory(parameter)].append(name)
     paths = Counter(id(m) for _, m in module.named_modules(remove_duplicate=False))
     readers = {n: type(m).__name__ for n, m in module.named_modules() if isinstance(m, _READS_WEIGHTS)}
     unfit = {}
@@ -277,8 +297,11 @@ def _unfit(module: nn.Module, linears: Mapping[str, nn.Module], traces: Traces) 
             unfit[name] = "it is the module itself, which nothing can be put in the place of; wrap it in nn.Sequential"
         elif why := _unusual(linear):
             unfit[name] = why
-        elif paths[id(linear)] > 1 or any(uses[_memory(p)] > 1 for p in linear.parameters()):
-            unfit[name] = "its weights are tied to another module's"
+        elif paths[id(linear)] > 1 or any(len(users[_memory(p)]) > 1 for p in linear.parameters()):
+            others = [repr(n) for p in linear.parameters() for n in users[_memory(p)] if n != name]
+            unfit[name] = (
+                f"its weights are tied to those of {others[0]}" if others else "it is tied: used in two places"
+            )
     return unfit
 
 

@@ -3,8 +3,8 @@
 Such a stretch, a *chain*, computes the same when every rank holds only its own features of each value inside it: each
 operation there treats every feature alone, and every value is read by nothing outside it. What is proven is the forward
 of one module, the *owner*, traced in train and in eval mode, with and without gradients, with its optional arguments
-given and left out; what differs between these traces, or cannot be traced, is not proven. An owner may call modules that
-cannot be traced, such as an attention, before and after its chains: what they are handed and return is never sharded.
+given and left out; what differs between these traces, or cannot be traced, is not proven. An owner may call modules
+that cannot be traced, an attention say, before and after its chains: what these read and return is never sharded.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lightning_phantom.elementwise import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_MET
 from lightning_phantom.fused import BLOCKS
 from lightning_phantom.linears import features, is_linear
 from lightning_phantom.tracing import has_forward_hooks, trace_forward
+
 
 @dataclass(frozen=True)
 class ProvenChain:
@@ -39,7 +40,7 @@ class ProvenChain:
     owner: str
     inputs: tuple[tuple[str, str], ...]
     outputs: tuple[tuple[str, str], ...]
-    siblings: tuple[tuple[str, ...], ...]
+    siblings: tuple[tuple[str, ...], ...] = ()
     dropouts: tuple[tuple[str, tuple[bool, ...]], ...] = ()
     opaque: tuple[str, ...] = ()
     named_only: bool = False
@@ -80,7 +81,7 @@ class Traces:
                 continue
             for node in (node for graph in self._graphs[name] for node in graph.nodes):
                 if node.op == "get_attr" and not all(_asks_kind(user) for user in node.users):
-                    self.read_directly[_join(name, node.target.rpartition(".")[0])] = name
+                    self.read_directly[join(name, node.target.rpartition(".")[0])] = name
         self._owners = [*reversed(blocks), *reversed(self._graphs)]
 
     def chains(self, available: Collection[str]) -> tuple[list[ProvenChain], dict[str, str]]:
@@ -104,7 +105,7 @@ class Traces:
         """The chains that `owner` owns, why linears are in none, and which of these differ from trace to trace."""
         if owner not in self._graphs:
             chain, reason = _known_chain(self._root, owner, available)
-            return ([chain], {}, {}) if chain else ([], {}, {_join(owner, f"linear{n}"): reason for n in (1, 2)})
+            return ([chain], {}, {}) if chain else ([], {}, {join(owner, f"linear{n}"): reason for n in (1, 2)})
         proofs = [_Proof(self._root, owner, graph, available, self._opaque) for graph in self._graphs[owner]]
         first, *others = proofs
         agreed = [c for c in first.chains if all(c in other.chains for other in others)]
@@ -131,7 +132,7 @@ class Traces:
 def _known_chain(root: nn.Module, owner: str, available: Collection[str]) -> tuple[ProvenChain | None, str]:
     """The chain linear2(dropout(activation(linear1(x)))) of torch's transformer layers, or why it is none."""
     block: Any = root.get_submodule(owner)
-    first, second, dropout = (_join(owner, name) for name in ("linear1", "linear2", "dropout"))
+    first, second, dropout = (join(owner, name) for name in ("linear1", "linear2", "dropout"))
     activation = block.activation
     if activation not in ELEMENTWISE_FUNCTIONS and not is_elementwise_module(activation):
         return None, f"the activation of {_quoted(owner)} is not known to be elementwise"
@@ -181,7 +182,7 @@ class _Proof:
         self.chains = self._find_chains()
 
     def _name(self, node: fx.Node) -> str:
-        return _join(self._owner, str(node.target))
+        return join(self._owner, str(node.target))
 
     def _module(self, node: fx.Node) -> nn.Module:
         return self._root.get_submodule(self._name(node))
@@ -314,7 +315,8 @@ def _asks_kind(node: fx.Node) -> bool:
     return node.target is getattr and node.args[1] in ("dtype", "device")
 
 
-def _join(owner: str, name: str) -> str:
+def join(owner: str, name: str) -> str:
+    """The full name of what `owner` calls `name`."""
     return ".".join(part for part in (owner, name) if part)
 
 

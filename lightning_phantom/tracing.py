@@ -1,7 +1,7 @@
 """Traces the forward of a module by torch.fx, in every mode and with every choice of optional arguments.
 
-A module below it whose own forward cannot be traced, such as an attention, becomes a single opaque call: what goes in and
-comes out is seen, what happens inside is not.
+A module below it whose own forward cannot be traced, such as an attention, becomes a single opaque call: what goes in
+and comes out is seen, what happens inside is not.
 """
 
 from __future__ import annotations
