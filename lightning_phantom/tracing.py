@@ -6,9 +6,11 @@ and comes out is seen, what happens inside is not.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import itertools
 import random
+import textwrap
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -52,8 +54,43 @@ def trace_forward(owner: nn.Module, opaque: set[nn.Module]) -> tuple[list[fx.Gra
         return _trace_all(owner, opaque, named_only=True), False
     try:
         return _trace_all(owner, opaque, named_only=False), False
-    except Exception:  # what is passed by **kwargs is handed on, say, for which its keys would have to be known
-        return _trace_all(owner, opaque, named_only=True), True
+    except Exception:  # a **kwargs that is handed on: proxies have no keys
+        receivers = _receivers(owner)
+        opaque.update(receivers or ())
+        return _trace_all(owner, opaque, named_only=True), receivers is None
+
+
+def _receivers(owner: nn.Module) -> list[nn.Module] | None:
+    """The modules to which the forward of `owner` hands its `**kwargs`; None if it may do anything else with them."""
+    forward: Any = type(owner).forward
+    while hasattr(forward, "__wrapped__"):
+        # What transformers puts around its layers hands all arguments on, unless it recomputes (see trace_forward).
+        if forward.__globals__["__name__"] != "transformers.modeling_layers":
+            return None
+        forward = forward.__wrapped__
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    code = inspect.getfullargspec(forward)
+    if code.varargs or any(isinstance(node, ast.Name) and node.id == "locals" for node in ast.walk(tree)):
+        return None
+    uses = sum(isinstance(node, ast.Name) and node.id == code.varkw for node in ast.walk(tree))
+    receivers: list[nn.Module] = []
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        handed = [k.value for k in call.keywords if k.arg is None]
+        if any(isinstance(value, ast.Name) and value.id == code.varkw for value in handed):
+            path = ast.unparse(call.func).split(".")
+            receiver: Any = owner if path[0] == code.args[0] else None
+            for name in path[1:]:
+                receiver = getattr(receiver, name, None)
+            missing = len(path) == 2 and path[0] == code.args[0] and not hasattr(owner, path[1])  # a call that fails
+            if isinstance(receiver, nn.Module) and receiver is not owner:
+                receivers.append(receiver)
+            elif not missing:
+                return None
+            uses -= 1
+    return None if uses else receivers
 
 
 def _trace_all(owner: nn.Module, opaque: set[nn.Module], named_only: bool) -> list[fx.Graph]:
