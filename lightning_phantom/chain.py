@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ class Chain:
 
     The proof of a chain covers the owner's own forward and nothing else, so a member called elsewhere raises
     instead of reading a replicated activation as a sharded one. So does one called in a part of that forward that could
-    not be traced, and a call of the owner with arguments of which the proof knows nothing.
+    not be traced.
 
     Args:
         owner: name of the module whose forward was proven.
@@ -41,17 +40,15 @@ class Chain:
         self._kept: dict[str, _Kept] = {}
         self._calls: dict[int, int] = {}
 
-    def attach(self, owner: nn.Module, opaque: Sequence[nn.Module] = (), named_only: bool = False) -> None:
+    def attach(self, owner: nn.Module, opaque: Sequence[nn.Module] = ()) -> None:
         """Follow the forward of `owner` from now on.
 
         Args:
             owner: the module whose forward was proven.
             opaque: the modules it calls that could not be traced.
-            named_only: whether the proof holds only for the arguments that the forward names.
         """
-        self._signature = inspect.signature(type(owner).forward) if named_only else None
         self._handles = [
-            owner.register_forward_pre_hook(self._enter, with_kwargs=True),
+            owner.register_forward_pre_hook(self._enter),
             owner.register_forward_hook(self._leave, always_call=True),
         ]
         for module in opaque:
@@ -97,25 +94,10 @@ class Chain:
         kept = self._kept.pop(member, None)
         return kept.output if kept is not None and kept.x is x and kept.modes == _modes(x) else None
 
-    def _enter(self, owner: nn.Module, args: Any, kwargs: Any) -> None:
+    def _enter(self, owner: nn.Module, args: Any) -> None:
         # Lightning sends training_step through the root's __call__ by replacing its forward for that one call.
         self._running.append(runs_own_forward(owner))
         self._calls.clear()
-        if self._signature is not None and self.running:
-            self._require_named(owner, args, kwargs)
-
-    def _require_named(self, owner: nn.Module, args: Any, kwargs: Any) -> None:
-        assert self._signature is not None
-        more = [p.name for p in self._signature.parameters.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        bound = self._signature.bind(owner, *args, **kwargs).arguments
-        if extra := [bound[name] for name in more if bound.get(name)]:
-            names = ", ".join(repr(n) for value in extra for n in (value if isinstance(value, dict) else ["*args"]))
-            raise LayoutError(
-                f"{self.owner or 'the root module'!r} was called with {names}, which its forward does not name, so "
-                f"nothing is proven about what it then does with the sharded activations of "
-                f"{', '.join(map(repr, self.members))}. Leave it out, or keep these layers dense with "
-                f"plan={{..., {self.members[0]!r}: 'skip', ...}}."
-            )
 
     def _leave(self, owner: nn.Module, args: Any, output: Any) -> None:
         self._running.pop()

@@ -34,7 +34,6 @@ class ProvenChain:
         siblings: groups of members that read the same value and so share their collectives.
         dropouts: each nn.Dropout on the way, with one flag per call in the owner's forward: is the input sharded?
         opaque: what the owner calls that could not be traced; no member may run in there.
-        named_only: whether nothing is proven for arguments that the owner's forward does not name.
     """
 
     owner: str
@@ -43,7 +42,6 @@ class ProvenChain:
     siblings: tuple[tuple[str, ...], ...] = ()
     dropouts: tuple[tuple[str, tuple[bool, ...]], ...] = ()
     opaque: tuple[str, ...] = ()
-    named_only: bool = False
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -62,7 +60,6 @@ class Traces:
     def __init__(self, root: nn.Module) -> None:
         self._root = root
         self._graphs: dict[str, list[fx.Graph]] = {}
-        self._named_only: dict[str, bool] = {}
         self._opaque: set[nn.Module] = set()
         self.untraceable: dict[str, str] = {}
         self.read_directly: dict[str, str] = {}
@@ -74,7 +71,7 @@ class Traces:
                 blocks.append(name)
                 continue
             try:
-                self._graphs[name], self._named_only[name] = trace_forward(module, self._opaque)
+                self._graphs[name] = trace_forward(module, self._opaque)
             except Exception as error:  # user code meets proxies here: anything can be raised
                 self.untraceable[name] = _first_line(error)
                 self._opaque.add(module)
@@ -112,8 +109,7 @@ class Traces:
         reason = f"{_quoted(owner)} computes otherwise in eval mode, without gradients or with other optional arguments"
         differs = {name: reason for chain in first.chains if chain not in agreed for name in chain.members}
         opaque = tuple(dict.fromkeys(name for proof in proofs for name in proof.opaque_calls))
-        chains = [replace(chain, opaque=opaque, named_only=self._named_only[owner]) for chain in agreed]
-        return chains, first.why, differs
+        return [replace(chain, opaque=opaque) for chain in agreed], first.why, differs
 
     def why_untraced(self, linear: str) -> str:
         """Why no traced forward calls `linear`, in one line."""

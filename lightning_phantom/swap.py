@@ -74,7 +74,7 @@ def carry_out(
     for proven in plan.chains:
         chain = Chain(proven.owner, proven.members)
         opaque = [module.get_submodule(name) for name in proven.opaque]
-        chain.attach(module.get_submodule(proven.owner), opaque, proven.named_only)
+        chain.attach(module.get_submodule(proven.owner), opaque)
         for name in proven.members:
             swapped[name].chain = chain
         for group in proven.siblings:

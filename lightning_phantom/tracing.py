@@ -26,16 +26,12 @@ from lightning_phantom.linears import is_linear
 _MORE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def trace_forward(owner: nn.Module, opaque: set[nn.Module]) -> tuple[list[fx.Graph], bool]:
+def trace_forward(owner: nn.Module, opaque: set[nn.Module]) -> list[fx.Graph]:
     """Trace `owner` in train and eval mode, with and without gradients, with optional arguments given and left out.
 
     Args:
         owner: the module whose forward to trace.
         opaque: modules below it that are known not to be traceable; what is found to be so is added.
-
-    Returns:
-        The graphs, and whether they hold for the forward's named arguments only. Where they do, nothing is known of
-        calls that pass more, by `*args` or `**kwargs`.
 
     Raises:
         Exception: whatever a forward raises when it meets proxies; it cannot be traced.
@@ -49,19 +45,23 @@ def trace_forward(owner: nn.Module, opaque: set[nn.Module]) -> tuple[list[fx.Gra
     for name, module in owner.named_modules():
         if name and has_forward_hooks(module):
             raise TypeError(f"{name!r} has forward hooks, which would see one rank's features")
-    parameters = inspect.signature(type(owner).forward).parameters.values()
-    if not any(p.kind in _MORE for p in parameters):
-        return _trace_all(owner, opaque, named_only=True), False
+    if not any(p.kind in _MORE for p in _parameters(owner)):
+        return _trace_all(owner, opaque, named_only=True)
     try:
-        return _trace_all(owner, opaque, named_only=False), False
-    except Exception:  # a **kwargs that is handed on: proxies have no keys
+        return _trace_all(owner, opaque, named_only=False)
+    except Exception:  # proxies have no keys, so a **kwargs cannot be handed on
         receivers = _receivers(owner)
-        opaque.update(receivers or ())
-        return _trace_all(owner, opaque, named_only=True), receivers is None
+        if receivers is None:
+            raise
+        opaque.update(receivers)
+        return _trace_all(owner, opaque, named_only=True)
 
 
 def _receivers(owner: nn.Module) -> list[nn.Module] | None:
-    """The modules to which the forward of `owner` hands its `**kwargs`; None if it may do anything else with them."""
+    """The modules to which the forward of `owner` hands its `**kwargs`; None if it may do anything else with them.
+
+    Once these are opaque, the forward can be traced without extra arguments and is known with them as well.
+    """
     forward: Any = type(owner).forward
     while hasattr(forward, "__wrapped__"):
         # What transformers puts around its layers hands all arguments on, unless it recomputes (see trace_forward).
@@ -69,33 +69,36 @@ def _receivers(owner: nn.Module) -> list[nn.Module] | None:
             return None
         forward = forward.__wrapped__
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    except (OSError, TypeError, SyntaxError):
+        nodes = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(forward)))))
+    except (OSError, SyntaxError):
         return None
-    code = inspect.getfullargspec(forward)
-    if code.varargs or any(isinstance(node, ast.Name) and node.id == "locals" for node in ast.walk(tree)):
+    arguments = inspect.getfullargspec(forward)
+    names = [node.id for node in nodes if isinstance(node, ast.Name)]
+    calls = [
+        node.func
+        for node in nodes
+        if isinstance(node, ast.Call)
+        and any(k.arg is None and ast.unparse(k.value) == arguments.varkw for k in node.keywords)
+    ]
+    if arguments.varargs or "locals" in names or names.count(str(arguments.varkw)) != len(calls):
         return None
-    uses = sum(isinstance(node, ast.Name) and node.id == code.varkw for node in ast.walk(tree))
-    receivers: list[nn.Module] = []
-    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-        handed = [k.value for k in call.keywords if k.arg is None]
-        if any(isinstance(value, ast.Name) and value.id == code.varkw for value in handed):
-            path = ast.unparse(call.func).split(".")
-            receiver: Any = owner if path[0] == code.args[0] else None
-            for name in path[1:]:
-                receiver = getattr(receiver, name, None)
-            missing = len(path) == 2 and path[0] == code.args[0] and not hasattr(owner, path[1])  # a call that fails
-            if isinstance(receiver, nn.Module) and receiver is not owner:
-                receivers.append(receiver)
-            elif not missing:
-                return None
-            uses -= 1
-    return None if uses else receivers
+    receivers = []
+    for function in calls:
+        own = isinstance(function, ast.Attribute) and ast.unparse(function.value) == arguments.args[0]
+        receiver = getattr(owner, function.attr, None) if own else owner
+        if isinstance(receiver, nn.Module) and receiver is not owner:
+            receivers.append(receiver)
+        elif receiver is not None:  # where it is missing, the call fails
+            return None
+    return receivers
+
+
+def _parameters(owner: nn.Module) -> list[inspect.Parameter]:
+    return list(inspect.signature(type(owner).forward).parameters.values())
 
 
 def _trace_all(owner: nn.Module, opaque: set[nn.Module], named_only: bool) -> list[fx.Graph]:
-    parameters = inspect.signature(type(owner).forward).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    defaults = {p.name: p.default for p in _parameters(owner) if p.default is not inspect.Parameter.empty}
     variants = list(itertools.product((True, False), (True, False), _left_out(defaults)))
     while True:
         try:

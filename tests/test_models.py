@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are made from small configs; nothing is downloaded
 
 import re
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -25,6 +26,7 @@ from lightning_phantom.layers import PhantomLinear
 from lightning_phantom.strategy import PhantomStrategy
 from lightning_phantom.swap import densify, phantomize_
 
+ROOT = Path(__file__).parent.parent
 transformers.logging.set_verbosity_error()
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = {"vocab_size": 40, "max_position_embeddings": 16}
@@ -408,3 +410,11 @@ def test_a_declared_layout_is_not_taken_where_it_may_be_wrong(model, reason):
     assert any(reason in text for text in why.values())
     if model()._tp_plan.popitem()[1] == "sequence_parallel":
         assert "'sequence_parallel' in the model's own TP plan, a word that is not used here" in str(why)
+
+
+def test_the_documentation_runs():
+    text = (ROOT / "docs" / "transformers.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "docs/transformers.md", "exec"), {})
