@@ -324,6 +324,14 @@ def test_reasons_name_the_models_own_plan_and_ties():
     why = reasons(Wrapped(), phantom_width=1)
     assert why["net.layers.0.self_attn.q_proj"] == "left exact ('colwise' in the model's own TP plan)"
     assert reasons(made("gpt2"))["lm_head"] == "its weights are tied to those of 'transformer.wte'"
+    with pytest.raises(PlanError, match="lm_head: its weights are tied to those of 'transformer.wte'"):
+        plan_phantom(made("gpt2"), PhantomConfig(4, plan={"lm_head": "phantom"}))
+
+
+def test_a_member_called_outside_its_owner_raises():
+    bert = phantomize_(made("bert"), PhantomConfig(4, phantom_width=1)).bert
+    with pytest.raises(LayoutError, match=r"layer.0.intermediate.dense' was called outside .* 'bert.encoder.layer.0'"):
+        bert.encoder.layer[0].intermediate(torch.ones(1, 2, 16))
 
 
 def test_attention_is_swapped_when_a_plan_names_it():
