@@ -84,9 +84,10 @@ def _receivers(owner: nn.Module) -> list[nn.Module] | None:
         return None
     receivers = []
     for function in calls:
-        own = isinstance(function, ast.Attribute) and ast.unparse(function.value) == arguments.args[0]
-        receiver = getattr(owner, function.attr, None) if own else owner
-        if isinstance(receiver, nn.Module) and receiver is not owner:
+        if not isinstance(function, ast.Attribute) or ast.unparse(function.value) != arguments.args[0]:
+            return None
+        receiver = getattr(owner, function.attr, None)
+        if isinstance(receiver, nn.Module) and not is_linear(receiver):
             receivers.append(receiver)
         elif receiver is not None:  # where it is missing, the call fails
             return None
@@ -104,7 +105,7 @@ def _trace_all(owner: nn.Module, opaque: set[nn.Module], named_only: bool) -> li
         try:
             return [_trace(owner, opaque, named_only, *variant) for variant in variants]
         except _UntraceableError as error:
-            if error.module in opaque:
+            if error.module in opaque or is_linear(error.module):
                 raise error.cause from None
             opaque.add(error.module)
 
