@@ -324,7 +324,7 @@ def test_reasons_name_the_models_own_plan_and_ties():
     why = reasons(Wrapped(), phantom_width=1)
     assert why["net.layers.0.self_attn.q_proj"] == "left exact ('colwise' in the model's own TP plan)"
     assert reasons(made("gpt2"))["lm_head"] == "its weights are tied to those of 'transformer.wte'"
-    with pytest.raises(PlanError, match="lm_head: its weights are tied to those of 'transformer.wte'"):
+    with pytest.raises(PlanError, match=r"lm_head: its weights are tied to those of 'transformer.wte'"):
         plan_phantom(made("gpt2"), PhantomConfig(4, plan={"lm_head": "phantom"}))
 
 
