@@ -25,7 +25,8 @@ class Chain:
     """A chain of layers that hand sharded activations to each other inside the forward of one module, the owner.
 
     The proof of a chain covers the owner's own forward and nothing else, so a member called elsewhere raises
-    instead of reading a replicated activation as a sharded one.
+    instead of reading a replicated activation as a sharded one. So does one called in a part of that forward that could
+    not be traced.
 
     Args:
         owner: name of the module whose forward was proven.
@@ -39,12 +40,22 @@ class Chain:
         self._kept: dict[str, _Kept] = {}
         self._calls: dict[int, int] = {}
 
-    def attach(self, owner: nn.Module) -> None:
-        """Follow the forward of `owner` from now on."""
+    def attach(self, owner: nn.Module, opaque: Sequence[nn.Module] = ()) -> None:
+        """Follow the forward of `owner` from now on.
+
+        Args:
+            owner: the module whose forward was proven.
+            opaque: the modules it calls that could not be traced.
+        """
         self._handles = [
             owner.register_forward_pre_hook(self._enter),
             owner.register_forward_hook(self._leave, always_call=True),
         ]
+        for module in opaque:
+            self._handles += [
+                module.register_forward_pre_hook(self._pause),
+                module.register_forward_hook(self._resume, always_call=True),
+            ]
 
     def detach(self) -> None:
         """Stop following the owner's forward."""
@@ -91,6 +102,12 @@ class Chain:
     def _leave(self, owner: nn.Module, args: Any, output: Any) -> None:
         self._running.pop()
         self._kept.clear()
+
+    def _pause(self, module: nn.Module, args: Any) -> None:
+        self._running.append(False)
+
+    def _resume(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._running.pop()
 
 
 def runs_own_forward(module: nn.Module) -> bool:

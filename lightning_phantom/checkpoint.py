@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from lightning_phantom.errors import CheckpointError
 from lightning_phantom.layers import PhantomLinear
+from lightning_phantom.linears import oriented
 from lightning_phantom.split import Split, SplitLinear, key_of, sharded_parameters, split_layers
 
 VERSION = 1
@@ -153,7 +154,7 @@ def _gather_state(module: nn.Module, state: Mapping[str, Any]) -> tuple[dict[str
             gathered = {n: gather_whole(t, layer.split_of(n)) for n, t in _tensors_of(layer, base, state).items()}
             whole = {name: tensor for name, tensor in gathered.items() if tensor is not None}
             if len(whole) == len(gathered):
-                dense[key] = layer.dense_from(whole)
+                dense[key] = oriented(layer.dense_from(whole), layer.dense_class).contiguous()
                 if "bias" in whole:
                     dense[f"{base}bias"] = whole["bias"]
                 if isinstance(layer, PhantomLinear):

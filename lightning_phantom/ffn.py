@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -15,10 +16,13 @@ from torch.nn.utils import parametrize
 from lightning_phantom.chain import runs_own_forward
 from lightning_phantom.config import PhantomConfig, TensorParallelConfig, resolve_phantom_width
 from lightning_phantom.cost import Layer, phantom_weights
+from lightning_phantom.declared import declared_chains, declared_words, left_exact
 from lightning_phantom.errors import PlanError
 from lightning_phantom.layers import PhantomLinear
-from lightning_phantom.proof import ProvenChain, Traces, has_forward_hooks
+from lightning_phantom.linears import features, is_conv1d, is_linear
+from lightning_phantom.proof import ProvenChain, Traces
 from lightning_phantom.split import SplitLinear
+from lightning_phantom.tracing import has_forward_hooks
 
 # Modules that read the weights of their linears themselves, in fused kernels.
 _READS_WEIGHTS = (nn.MultiheadAttention,)
@@ -159,7 +163,9 @@ def plan_phantom(module: nn.Module, config: PhantomConfig) -> Plan:
     """List every linear of `module`, what happens to it under `config`, and why. Changes nothing.
 
     Without a plan of the user's own, a linear is swapped when it lies in a proven chain of two or more and phantom
-    makes it smaller; `"skip"` is the decision for the others. With one, the linears that it names are swapped.
+    makes it smaller; `"skip"` is the decision for the others. A model's own tensor parallel plan (Hugging Face's models
+    have one) stands in for the proof of a feed-forward block that cannot be traced. With a plan of the user's own, the
+    linears that it names are swapped.
 
     Args:
         module: any module, on any device (weights are not read).
@@ -193,7 +199,7 @@ def plan_tensor_parallel(module: nn.Module, config: TensorParallelConfig) -> Pla
 
 
 def _make_plan(module: nn.Module, config: Config) -> Plan:
-    linears = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+    linears = {name: m for name, m in module.named_modules() if is_linear(m)}
     new = {name: m for name, m in linears.items() if not isinstance(m, SplitLinear)}
     words = _resolve_words(config.plan, linears, module)
     traces = Traces(module)
@@ -210,10 +216,14 @@ def _make_plan(module: nn.Module, config: Config) -> Plan:
             raise PlanError("\n".join(["the plan names layers that cannot be swapped; skip them:", *refused]))
 
     chains, unproven = traces.chains(available)
+    declared = declared_words(module, new)
+    if config.plan is None:
+        proven = {name for chain in chains for name in chain.members}
+        chains += declared_chains(module, declared, set(available) - proven, traces)
     layouts = {name: ("replicated", "replicated") for name in available if config.plan is not None}
     for chain in chains:
         layouts.update(chain.layouts())
-    owners = {name: chain.owner for chain in chains for name in chain.members}
+    chain_of = {name: chain for chain in chains for name in chain.members}
 
     def why_in_no_chain(name: str) -> str:
         return unproven.get(name) or traces.why_untraced(name)
@@ -227,8 +237,7 @@ def _make_plan(module: nn.Module, config: Config) -> Plan:
             kind = "phantom" if isinstance(linear, PhantomLinear) else "tensor-parallel"
             layers.append(_describe(name, linear, config, None, f"is a {kind} layer already"))
         elif name in layouts:
-            owner = owners.get(name)
-            reason = f"chain in {owner or 'the root module'}" if owner is not None else "named in the plan"
+            reason = _why_swapped(chain_of.get(name), declared.get(name), traces)
             if no_gain := _no_gain(linear, config):
                 reason = f"{reason}; warning: {no_gain}"
             layers.append(_describe(name, linear, config, layouts[name], reason))
@@ -236,13 +245,23 @@ def _make_plan(module: nn.Module, config: Config) -> Plan:
             reason = "skipped by the plan" if name in words else "not named in the plan"
             layers.append(_describe(name, linear, config, None, reason))
         else:
-            reason = obstacles[name] or f"no proven chain: {why_in_no_chain(name)}"
+            exact = left_exact(declared[name], unproven.get(name)) if name in declared else None
+            reason = obstacles[name] or exact or f"no proven chain: {why_in_no_chain(name)}"
             layers.append(_describe(name, linear, config, None, reason))
     return Plan(config, tuple(layers), tuple(chains))
 
 
+def _why_swapped(chain: ProvenChain | None, declared: str | None, traces: Traces) -> str:
+    if chain is None:
+        return "named in the plan"
+    where = f"chain in {chain.owner or 'the root module'}"
+    if chain.owner in traces.untraceable:
+        return f"{where}, not traced ({traces.untraceable[chain.owner]}) but declared by the model's own TP plan"
+    return f"{where}, traced" if declared else where
+
+
 def _resolve_words(
-    plan: Mapping[str, str] | None, linears: Mapping[str, nn.Linear], module: nn.Module
+    plan: Mapping[str, str] | None, linears: Mapping[str, nn.Module], module: nn.Module
 ) -> dict[str, str]:
     """The plan's word for each linear it names; later entries win."""
     words: dict[str, str] = {}
@@ -270,11 +289,11 @@ def _check_layouts(words: Mapping[str, str], layouts: Mapping[str, tuple[str, st
 
 
 def _describe(
-    name: str, linear: nn.Linear, config: Config, layouts: tuple[str, str] | None, reason: str
+    name: str, linear: nn.Module, config: Config, layouts: tuple[str, str] | None, reason: str
 ) -> PlannedLayer:
-    sizes = (linear.in_features, linear.out_features)
+    sizes = features(linear)
     bias = linear.bias is not None
-    before = linear.in_features * linear.out_features + bias * linear.out_features
+    before = math.prod(sizes) + bias * sizes[1]
     if isinstance(linear, PhantomLinear):
         k = linear.phantom_width
         after = phantom_weights(*sizes, linear.num_blocks, k, bias)
@@ -287,29 +306,34 @@ def _describe(
     return PlannedLayer(name, *sizes, bias, decision, reason, k, before, after)
 
 
-def _indivisible(linear: nn.Linear, config: Config) -> str | None:
+def _indivisible(linear: nn.Module, config: Config) -> str | None:
     if isinstance(config, TensorParallelConfig):
         parts, into = config.num_ranks, f"between {config.num_ranks} ranks"
     else:
         parts, into = config.num_blocks, f"into num_blocks={config.num_blocks}"
-    if any(size % parts or not size for size in (linear.in_features, linear.out_features)):
-        return f"{linear.in_features} -> {linear.out_features} features do not divide {into}"
+    sizes = features(linear)
+    if any(size % parts or not size for size in sizes):
+        return f"{sizes[0]} -> {sizes[1]} features do not divide {into}"
     return None
 
 
-def _no_gain(linear: nn.Linear, config: Config) -> str | None:
+def _no_gain(linear: nn.Module, config: Config) -> str | None:
     if isinstance(config, TensorParallelConfig):
         return None
-    sizes = (linear.in_features, linear.out_features)
+    sizes = features(linear)
     k = resolve_phantom_width(config.phantom_width, *sizes, config.num_blocks)
-    if phantom_weights(*sizes, config.num_blocks, k, False) < linear.in_features * linear.out_features:
+    if phantom_weights(*sizes, config.num_blocks, k, False) < math.prod(sizes):
         return None
     return f"phantom would not make it smaller at k={k}"
 
 
-def _unfit(module: nn.Module, linears: Mapping[str, nn.Linear], traces: Traces) -> dict[str, str]:
+def _unfit(module: nn.Module, linears: Mapping[str, nn.Module], traces: Traces) -> dict[str, str]:
     """Why a linear cannot be swapped whatever the sizes."""
-    uses = Counter(_memory(p) for m in module.modules() for p in m._parameters.values() if p is not None)
+    users: dict[int, list[str]] = defaultdict(list)
+    for name, m in module.named_modules():
+        for parameter in m._parameters.values():
+            if parameter is not None:
+                users[_memory(parameter)].append(name)
     paths = Counter(id(m) for _, m in module.named_modules(remove_duplicate=False))
     readers = {n: type(m).__name__ for n, m in module.named_modules() if isinstance(m, _READS_WEIGHTS)}
     unfit = {}
@@ -325,8 +349,11 @@ def _unfit(module: nn.Module, linears: Mapping[str, nn.Linear], traces: Traces) 
             unfit[name] = "it is the module itself, which nothing can be put in the place of; wrap it in nn.Sequential"
         elif why := _unusual(linear):
             unfit[name] = why
-        elif paths[id(linear)] > 1 or any(uses[_memory(p)] > 1 for p in linear.parameters()):
-            unfit[name] = "its weights are tied to another module's"
+        elif paths[id(linear)] > 1 or any(len(users[_memory(p)]) > 1 for p in linear.parameters()):
+            others = [repr(n) for p in linear.parameters() for n in users[_memory(p)] if n != name]
+            unfit[name] = (
+                f"its weights are tied to those of {others[0]}" if others else "it is tied: used in two places"
+            )
     return unfit
 
 
@@ -336,10 +363,10 @@ def _memory(parameter: nn.Parameter) -> int:
     return (plain and parameter.untyped_storage().data_ptr()) or id(parameter)
 
 
-def _unusual(linear: nn.Linear) -> str | None:
+def _unusual(linear: Any) -> str | None:
     if parametrize.is_parametrized(linear):
         return "it is parametrised"
-    if type(linear) is not nn.Linear:
+    if type(linear) is not nn.Linear and not is_conv1d(type(linear)):
         return f"{type(linear).__name__} is not nn.Linear itself"
     if not isinstance(linear._parameters.get("weight"), nn.Parameter) or set(linear._parameters) - {"weight", "bias"}:
         return "its weight is pruned or otherwise computed"

@@ -55,6 +55,7 @@ class PhantomLinear(SplitLinear):
         process_group: the ranks that hold the layer between them; `None`: this process holds all of it.
         input_layout: `"replicated"`, input [..., in], or `"sharded"`, input [..., in/R].
         output_layout: `"replicated"`, output [..., out], or `"sharded"`, output [..., out/R].
+        dense_class: the kind of layer that it stands for; dense state dicts are in that one's orientation.
         device: where the parameters live. On the meta device nothing is allocated.
         dtype: type of the parameters.
 
@@ -84,10 +85,11 @@ class PhantomLinear(SplitLinear):
         process_group: ProcessGroup | None = None,
         input_layout: str = "replicated",
         output_layout: str = "replicated",
+        dense_class: type[nn.Module] = nn.Linear,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, process_group, input_layout, output_layout)
+        super().__init__(in_features, out_features, process_group, input_layout, output_layout, dense_class)
         _check_sizes(in_features, out_features, num_blocks, self.ranks.size)
         check_phantom_width(phantom_width)
         self.num_blocks = num_blocks

@@ -29,6 +29,7 @@ from torch.distributed import ProcessGroup
 from lightning_phantom.comm import Ranks, gather
 from lightning_phantom.config import STYLES
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.linears import is_conv1d, oriented
 from lightning_phantom.split import SplitLinear
 
 
@@ -44,6 +45,7 @@ class ParallelLinear(SplitLinear):
         process_group: the ranks that hold the layer between them; `None`: this process holds all of it.
         input_layout: `"replicated"`, input [..., in], or `"sharded"`, input [..., in/R].
         output_layout: `"replicated"`, output [..., out], or `"sharded"`, output [..., out/R].
+        dense_class: the kind of layer that it stands for, in whose orientation the weight is kept.
         device: where the parameters live. On the meta device nothing is allocated.
         dtype: type of the parameters.
 
@@ -68,10 +70,11 @@ class ParallelLinear(SplitLinear):
         process_group: ProcessGroup | None = None,
         input_layout: str = "replicated",
         output_layout: str = "replicated",
+        dense_class: type[nn.Module] = nn.Linear,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, process_group, input_layout, output_layout)
+        super().__init__(in_features, out_features, process_group, input_layout, output_layout, dense_class)
         size = self.ranks.size
         if style not in STYLES:
             raise PhantomError(f"style={style!r}: choose one of {', '.join(map(repr, STYLES))}.")
@@ -80,9 +83,11 @@ class ParallelLinear(SplitLinear):
         row = style == "megatron" and (input_layout, output_layout) == ("sharded", "replicated")
         self.style: str = style
         self.cut = "row" if row else "column"
-        self.split_dims: Mapping[str, int] = {"weight": 1} if row else {"weight": 0, "bias": 0}
+        turned = is_conv1d(dense_class)
+        self.split_dims: Mapping[str, int] = {"weight": int(row != turned)} | ({} if row else {"bias": 0})
         rows, columns = (out_features, in_features // size) if row else (out_features // size, in_features)
-        self.weight = nn.Parameter(torch.empty(rows, columns, device=device, dtype=dtype))
+        shape = (columns, rows) if turned else (rows, columns)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         if bias:
             self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype))
         else:
@@ -91,7 +96,7 @@ class ParallelLinear(SplitLinear):
 
     def factors(self) -> tuple[Tensor, Tensor | None]:
         """This rank's W and b."""
-        return self.weight, self.bias
+        return oriented(self.weight, self.dense_class), self.bias
 
     def compute(self, layers: Sequence[ParallelLinear], x: Tensor, factors: Sequence[Any]) -> list[Tensor]:
         """Apply `layers` to x [tokens, width]; see `SplitLinear`."""
@@ -117,12 +122,12 @@ class ParallelLinear(SplitLinear):
 
     def local_state(self, weight: Tensor | None, bias: Tensor | None) -> dict[str, Tensor]:
         """This rank's share of a dense weight [out, in] and bias [out]."""
-        given = {"weight": weight, "bias": bias}
+        given = {"weight": None if weight is None else oriented(weight, self.dense_class), "bias": bias}
         return {name: self.share_of(name, whole) for name, whole in given.items() if whole is not None}
 
     def dense_from(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The dense weight [out, in], which is the whole parameter itself."""
-        return tensors["weight"]
+        return oriented(tensors["weight"], self.dense_class)
 
     def extra_repr(self) -> str:
         """Describe the layer in `repr`."""

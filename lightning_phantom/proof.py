@@ -3,47 +3,24 @@
 Such a stretch, a *chain*, computes the same when every rank holds only its own features of each value inside it: each
 operation there treats every feature alone, and every value is read by nothing outside it. What is proven is the forward
 of one module, the *owner*, traced in train and in eval mode, with and without gradients, with its optional arguments
-given and left out; what differs between these traces, or cannot be traced, is not proven.
+given and left out; what differs between these traces, or cannot be traced, is not proven. An owner may call modules
+that cannot be traced, an attention say, before and after its chains: what these read and return is never sharded.
 """
 
 from __future__ import annotations
 
-import inspect
-import itertools
-import operator
-import random
-import weakref
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
-from lightning_phantom.chain import Chain, runs_own_forward
+from lightning_phantom.chain import runs_own_forward
+from lightning_phantom.elementwise import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_METHODS, is_elementwise_module
 from lightning_phantom.fused import BLOCKS
-
-# Parameter-free and elementwise, by exact type: a subclass may do anything. PReLU is missing on purpose (its weight
-# would get a partial gradient), and so is every dropout but nn.Dropout (its mask can be drawn block by block).
-ELEMENTWISE_MODULES = frozenset(
-    getattr(nn, name)
-    for name in (
-        "CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid Mish ReLU ReLU6 SELU "
-        "Sigmoid SiLU Softplus Softshrink Softsign Tanh Tanhshrink Threshold Dropout"
-    ).split()
-)
-_NAMES = (
-    "relu relu6 gelu silu mish elu selu celu leaky_relu hardtanh hardswish hardsigmoid hardshrink softshrink "
-    "tanhshrink softplus softsign logsigmoid threshold sigmoid tanh abs neg square sqrt rsqrt exp log erf sin cos "
-    "reciprocal clamp mul multiply add sub div true_divide pow maximum minimum"
-).split()
-ELEMENTWISE_FUNCTIONS = frozenset(
-    getattr(namespace, name) for namespace in (torch, F) for name in _NAMES if hasattr(namespace, name)
-) | {operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg, abs}
-ELEMENTWISE_METHODS = frozenset(name for name in _NAMES if hasattr(torch.Tensor, name))
+from lightning_phantom.linears import features, is_linear
+from lightning_phantom.tracing import has_forward_hooks, trace_forward
 
 
 @dataclass(frozen=True)
@@ -56,12 +33,14 @@ class ProvenChain:
             values inside the chain are numbered; None is a value that something else reads or writes.
         siblings: groups of members that read the same value and so share their collectives.
         dropouts: each nn.Dropout on the way, with the value that it reads in each call in the owner's forward.
+        opaque: what the owner calls that could not be traced; no member may run in there.
     """
 
     owner: str
     flows: tuple[tuple[str, int | None, int | None], ...]
-    siblings: tuple[tuple[str, ...], ...]
-    dropouts: tuple[tuple[str, tuple[int | None, ...]], ...]
+    siblings: tuple[tuple[str, ...], ...] = ()
+    dropouts: tuple[tuple[str, tuple[int | None, ...]], ...] = ()
+    opaque: tuple[str, ...] = ()
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -95,58 +74,60 @@ class Traces:
     def __init__(self, root: nn.Module) -> None:
         self._root = root
         self._graphs: dict[str, list[fx.Graph]] = {}
+        self._opaque: set[nn.Module] = set()
         self.untraceable: dict[str, str] = {}
         self.read_directly: dict[str, str] = {}
-        self._blocks: list[str] = []
-        for name, module in root.named_modules():
-            if isinstance(module, nn.Linear) or not any(isinstance(m, nn.Linear) for m in module.modules()):
+        blocks: list[str] = []
+        for name, module in reversed(list(root.named_modules())):  # from the inside out: see `opaque`
+            if is_linear(module) or not any(is_linear(m) for m in module.modules()):
                 continue
             if type(module) in BLOCKS:
-                self._blocks.append(name)
+                blocks.append(name)
                 continue
             try:
-                self._graphs[name] = _trace(module)
+                self._graphs[name] = trace_forward(module, self._opaque)
             except Exception as error:  # user code meets proxies here: anything can be raised
                 self.untraceable[name] = _first_line(error)
+                self._opaque.add(module)
                 continue
             for node in (node for graph in self._graphs[name] for node in graph.nodes):
                 if node.op == "get_attr" and not all(_asks_kind(user) for user in node.users):
-                    self.read_directly[_join(name, node.target.rpartition(".")[0])] = name
+                    self.read_directly[join(name, node.target.rpartition(".")[0])] = name
+        self._owners = [*reversed(blocks), *reversed(self._graphs)]
 
     def chains(self, available: Collection[str]) -> tuple[list[ProvenChain], dict[str, str]]:
         """Return disjoint chains of the linears in `available`, the longest first, and why the others are in none."""
         left = set(available)
         found: list[ProvenChain] = []
-        while True:
-            candidates: list[ProvenChain] = []
-            why: dict[str, str] = {}
-            for owner in self._blocks:
-                chain, reason = _known_chain(self._root, owner, left)
-                if chain is None:
-                    why.update({_join(owner, name): reason for name in ("linear1", "linear2")})
-                else:
-                    candidates.append(chain)
-            for owner, graphs in self._graphs.items():
-                proofs = [_Proof(self._root, owner, graph, left) for graph in graphs]
-                agreed = [c for c in proofs[0].chains if all(c in other.chains for other in proofs[1:])]
-                for name, reason in proofs[0].why.items():
-                    why.setdefault(name, reason)
-                for chain in set(proofs[0].chains) - set(agreed):
-                    reason = (
-                        f"{_quoted(owner)} computes otherwise in eval mode, without gradients or with other optional "
-                        f"arguments"
-                    )
-                    why.update(dict.fromkeys(chain.members, reason))
-                candidates += agreed
-            if not candidates:
-                return found, why
+        read = {owner: self._read(owner, left) for owner in self._owners}
+        while candidates := [chain for chains, _, _ in read.values() for chain in chains]:
             best = max(candidates, key=self._preference)
             found.append(best)
             left -= set(best.members)
+            for owner in self._owners:
+                if any(_is_below(owner, member) for member in best.members):
+                    read[owner] = self._read(owner, left)
+        why: dict[str, str] = {}
+        for _, reasons, differs in read.values():
+            why = {**reasons, **why, **differs}
+        return found, why
+
+    def _read(self, owner: str, available: Collection[str]) -> tuple[list[ProvenChain], dict[str, str], dict[str, str]]:
+        """The chains that `owner` owns, why linears are in none, and which of these differ from trace to trace."""
+        if owner not in self._graphs:
+            chain, reason = _known_chain(self._root, owner, available)
+            return ([chain], {}, {}) if chain else ([], {}, {join(owner, f"linear{n}"): reason for n in (1, 2)})
+        proofs = [_Proof(self._root, owner, graph, available, self._opaque) for graph in self._graphs[owner]]
+        first, *others = proofs
+        agreed = [c for c in first.chains if all(c in other.chains for other in others)]
+        reason = f"{_quoted(owner)} computes otherwise in eval mode, without gradients or with other optional arguments"
+        differs = {name: reason for chain in first.chains if chain not in agreed for name in chain.members}
+        opaque = tuple(dict.fromkeys(name for proof in proofs for name in proof.opaque_calls))
+        return [replace(chain, opaque=opaque) for chain in agreed], first.why, differs
 
     def why_untraced(self, linear: str) -> str:
         """Why no traced forward calls `linear`, in one line."""
-        owners = [o for o in self.untraceable if linear.startswith(f"{o}." if o else "")]
+        owners = [o for o in self.untraceable if _is_below(o, linear)]
         if not owners:
             return "no traced forward calls it"
         owner = max(owners, key=len)
@@ -161,9 +142,9 @@ class Traces:
 def _known_chain(root: nn.Module, owner: str, available: Collection[str]) -> tuple[ProvenChain | None, str]:
     """The chain linear2(dropout(activation(linear1(x)))) of torch's transformer layers, or why it is none."""
     block: Any = root.get_submodule(owner)
-    first, second, dropout = (_join(owner, name) for name in ("linear1", "linear2", "dropout"))
+    first, second, dropout = (join(owner, name) for name in ("linear1", "linear2", "dropout"))
     activation = block.activation
-    if activation not in ELEMENTWISE_FUNCTIONS and type(activation) not in ELEMENTWISE_MODULES:
+    if activation not in ELEMENTWISE_FUNCTIONS and not is_elementwise_module(activation):
         return None, f"the activation of {_quoted(owner)} is not known to be elementwise"
     parts = [m for m in (block.dropout, activation) if isinstance(m, nn.Module)]
     usual = all(runs_own_forward(m) and not has_forward_hooks(m) for m in parts)
@@ -180,93 +161,17 @@ def _known_chain(root: nn.Module, owner: str, available: Collection[str]) -> tup
     return chain, ""
 
 
-class _Tracer(fx.Tracer):
-    """Marks in `meta` what a graph does not show: each node's grad mode, and whether its value outlives the forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._values: list[tuple[fx.Node, weakref.ref[fx.Proxy]]] = []
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Linear) or super().is_leaf_module(m, module_qualified_name)
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(*args, **kwargs)
-        node.meta["grad"] = torch.is_grad_enabled()
-        return node
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        value = super().proxy(node)
-        self._values.append((node, weakref.ref(value)))
-        return value
-
-    def trace(self, *args: Any) -> fx.Graph:
-        graph = super().trace(*args)
-        for node, value in self._values:
-            node.meta["kept"] = value() is not None
-        return graph
-
-
-def _trace(owner: nn.Module) -> list[fx.Graph]:
-    """Trace `owner` in train and eval mode, with and without gradients, with optional arguments given and left out."""
-    if type(owner).__module__.startswith("torch.nn") and type(owner) is not nn.Sequential:
-        raise TypeError(f"{type(owner).__name__} is not on the list of known types")
-    if not runs_own_forward(owner):
-        raise TypeError("its forward was replaced on the instance")
-    for name, module in owner.named_modules():
-        if name and has_forward_hooks(module):
-            raise TypeError(f"{name!r} has forward hooks, which would see one rank's features")
-    parameters = inspect.signature(type(owner).forward).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    graphs = []
-    for training, grad, left_out in itertools.product((True, False), (True, False), _left_out(defaults)):
-        with _untouched(owner), torch.set_grad_enabled(grad):
-            for module in owner.modules():
-                module.training = training
-            graphs.append(_Tracer().trace(owner, left_out or None))
-    return graphs
-
-
-def _left_out(defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Which optional arguments to leave out: none, all, each alone, all but one; so each pair in each combination."""
-    names = frozenset(defaults)
-    choices = [frozenset(), names, *(frozenset({n}) for n in names), *(names - {n} for n in names)]
-    return [{n: value for n, value in defaults.items() if n in choice} for choice in dict.fromkeys(choices)]
-
-
-@contextmanager
-def _untouched(module: nn.Module) -> Iterator[None]:
-    """Undo what a traced forward leaves behind: attributes it sets, lists it appends to, numbers it draws."""
-    attributes = [vars(m) for m in module.modules()]
-    kept: list[tuple[Any, Any]] = [(a, dict(a)) for a in attributes]
-    kept += [(v, v.copy()) for a in attributes for v in a.values() if type(v) in (dict, list, set)]
-    random_state, python_state = torch.get_rng_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(random_state)
-        random.setstate(python_state)
-        for changed, before in kept:
-            changed.clear()
-            (changed.extend if type(changed) is list else changed.update)(before)
-
-
-def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether `module` has hooks around its forward or backward, other than this package's own."""
-    hooks = [
-        hook
-        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        for hook in getattr(module, kind).values()
-    ]
-    return any(not isinstance(getattr(hook, "__self__", None), Chain) for hook in hooks)
-
-
 class _Proof:
     """Reads one graph: which values are sharded, and so which linears form chains owned by `owner` itself."""
 
-    def __init__(self, root: nn.Module, owner: str, graph: fx.Graph, available: Collection[str]) -> None:
+    def __init__(
+        self, root: nn.Module, owner: str, graph: fx.Graph, available: Collection[str], opaque: Collection[nn.Module]
+    ) -> None:
         self._root, self._owner = root, owner
         self._nodes = list(graph.nodes)
+        self._at = {node: n for n, node in enumerate(self._nodes)}
+        self._opaque = [n for n in self._nodes if n.op == "call_module" and self._module(n) in opaque]
+        self.opaque_calls = [self._name(n) for n in self._opaque]
         calls = Counter(self._name(n) for n in self._nodes if n.op == "call_module")
         found = {n: self._name(n) for n in self._nodes if n.op == "call_module" and self._name(n) in available}
         self._linears = {
@@ -286,7 +191,7 @@ class _Proof:
         self.chains = self._find_chains()
 
     def _name(self, node: fx.Node) -> str:
-        return _join(self._owner, str(node.target))
+        return join(self._owner, str(node.target))
 
     def _module(self, node: fx.Node) -> nn.Module:
         return self._root.get_submodule(self._name(node))
@@ -304,7 +209,7 @@ class _Proof:
         if node.op == "call_module":
             module = self._module(node)
             usual = runs_own_forward(module) and not has_forward_hooks(module)
-            return usual and type(module) in ELEMENTWISE_MODULES
+            return usual and is_elementwise_module(module)
         if node.op == "call_function":
             return node.target in ELEMENTWISE_FUNCTIONS
         return node.op == "call_method" and node.target in ELEMENTWISE_METHODS
@@ -350,8 +255,12 @@ class _Proof:
                     return f"{self._what(node)} is read by {self._what(reader)}, outside any chain"
             if len(readers) > 2 or (len(readers) == 2 and not all(r in self._linears for r in readers)):
                 return f"{self._what(node)} is read {len(readers)} times: {', '.join(map(self._what, readers))}"
-        widths: set[Any] = {self._module(n).out_features for n in group if n in self._linears}
-        widths |= {self._module(r).in_features for n in group for r in n.users if r in self._linears}
+        first, last = min(self._at[n] for n in group), max(self._at[r] for n in group for r in n.users)
+        for node in self._opaque:
+            if first < self._at[node] < last:
+                return f"{self._what(node)}, which cannot be traced, runs before it is used"
+        widths = {features(self._module(n))[1] for n in group if n in self._linears}
+        widths |= {features(self._module(r))[0] for n in group for r in n.users if r in self._linears}
         return None if len(widths) == 1 else f"widths differ along the way: {sorted(widths)}"
 
     def _find_chains(self) -> list[ProvenChain]:
@@ -397,7 +306,7 @@ class _Proof:
 
     def _undisturbed(self, siblings: list[fx.Node]) -> bool:
         """Whether nothing outside the chain, which might write into their common input, runs between them."""
-        first, last = (self._nodes.index(n) for n in (siblings[0], siblings[-1]))
+        first, last = self._at[siblings[0]], self._at[siblings[-1]]
         return all(n in self._group for n in self._nodes[first:last])
 
     def _what(self, node: fx.Node) -> str:
@@ -417,8 +326,13 @@ def _asks_kind(node: fx.Node) -> bool:
     return node.target is getattr and node.args[1] in ("dtype", "device")
 
 
-def _join(owner: str, name: str) -> str:
+def join(owner: str, name: str) -> str:
+    """The full name of what `owner` calls `name`."""
     return ".".join(part for part in (owner, name) if part)
+
+
+def _is_below(owner: str, name: str) -> bool:
+    return name.startswith(f"{owner}." if owner else "")
 
 
 def _quoted(owner: str) -> str:

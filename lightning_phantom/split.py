@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 from lightning_phantom.chain import Chain
 from lightning_phantom.comm import Ranks
 from lightning_phantom.errors import LayoutError, PhantomError
+from lightning_phantom.linears import oriented
 
 LAYOUTS = ("replicated", "sharded")
 
@@ -56,6 +57,7 @@ class SplitLinear(nn.Linear):
         process_group: the ranks; `None`: this process holds all of it.
         input_layout: `"replicated"`, input [..., in], or `"sharded"`, input [..., in/R].
         output_layout: `"replicated"`, output [..., out], or `"sharded"`, output [..., out/R].
+        dense_class: the kind of layer whose place it takes; dense state dicts are in that one's orientation.
 
     Attributes:
         method: the name of the strategy that makes such layers.
@@ -76,6 +78,7 @@ class SplitLinear(nn.Linear):
         process_group: ProcessGroup | None,
         input_layout: str,
         output_layout: str,
+        dense_class: type[nn.Module],
     ) -> None:
         nn.Module.__init__(self)
         for layout in (input_layout, output_layout):
@@ -86,6 +89,7 @@ class SplitLinear(nn.Linear):
         self.out_features = out_features
         self.input_layout = input_layout
         self.output_layout = output_layout
+        self.dense_class = dense_class
         self.name = ""
         self.chain: Chain | None = None
         self.siblings: tuple[SplitLinear, ...] = (self,)
@@ -174,12 +178,17 @@ class SplitLinear(nn.Linear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         weight = state_dict.get(f"{prefix}weight")
-        dense = isinstance(weight, Tensor) and tuple(weight.shape) == (self.out_features, self.in_features)
         own = [name for name, _ in self.named_parameters(recurse=False) if name not in ("weight", "bias")]
-        if weight is not None and dense and not any(f"{prefix}{name}" in state_dict for name in own):
-            with torch.no_grad():
-                local = self.local_state(weight.to(self.weight.device), state_dict.get(f"{prefix}bias"))
-            state_dict = {**state_dict, **{f"{prefix}{name}": tensor for name, tensor in local.items()}}
+        if (
+            isinstance(weight, Tensor)
+            and weight.dim() == 2
+            and not any(f"{prefix}{name}" in state_dict for name in own)
+        ):
+            weight = oriented(weight, self.dense_class)
+            if tuple(weight.shape) == (self.out_features, self.in_features):
+                with torch.no_grad():
+                    local = self.local_state(weight.to(self.weight.device), state_dict.get(f"{prefix}bias"))
+                state_dict = {**state_dict, **{f"{prefix}{name}": tensor for name, tensor in local.items()}}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

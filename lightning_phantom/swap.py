@@ -17,6 +17,7 @@ from lightning_phantom.convert import block_diagonal
 from lightning_phantom.errors import PhantomError, PlanError
 from lightning_phantom.ffn import Config, Plan, PlannedLayer, plan_phantom
 from lightning_phantom.layers import PhantomLinear
+from lightning_phantom.linears import features, make_linear, oriented
 from lightning_phantom.parallel_linear import ParallelLinear
 from lightning_phantom.split import SplitLinear
 
@@ -71,13 +72,13 @@ def carry_out(
     swapped: dict[str, SplitLinear] = {}
     for layer in plan.swapped:
         linear = module.get_submodule(layer.name)
-        assert isinstance(linear, nn.Linear)
         swapped[layer.name] = _split_layer(linear, layer, config, process_group, source_group)
         _replace(module, linear, swapped[layer.name])
     dropouts: dict[nn.Dropout, list[tuple[Chain, tuple[bool, ...]]]] = {}
     for proven in plan.chains:
         chain = Chain(proven.owner, proven.members)
-        chain.attach(module.get_submodule(proven.owner))
+        opaque = [module.get_submodule(name) for name in proven.opaque]
+        chain.attach(module.get_submodule(proven.owner), opaque)
         for name in proven.members:
             swapped[name].chain = chain
         for group in proven.siblings:
@@ -115,29 +116,30 @@ def _check_weights(module: nn.Module, plan: Plan) -> None:
 
 @torch.no_grad()
 def _split_layer(
-    linear: nn.Linear,
+    linear: nn.Module,
     planned: PlannedLayer,
     config: Config,
     process_group: dist.ProcessGroup | None,
     source_group: dist.ProcessGroup | None,
 ) -> SplitLinear:
-    weight, bias = linear.weight, linear.bias
+    bias: Any = linear.bias
+    weight = oriented(linear.weight, type(linear))  # type: ignore[arg-type]
     input_layout, output_layout = planned.layouts
-    sizes = (linear.in_features, linear.out_features)
     kind: dict[str, Any] = {
         "bias": bias is not None,
         "process_group": process_group,
         "input_layout": input_layout,
         "output_layout": output_layout,
+        "dense_class": type(linear),
         "device": "meta",
         "dtype": weight.dtype,
     }
     split: SplitLinear
     if isinstance(config, TensorParallelConfig):
-        split = ParallelLinear(*sizes, config.style, **kind)
+        split = ParallelLinear(*features(linear), config.style, **kind)
     else:
         assert planned.phantom_width is not None
-        split = PhantomLinear(*sizes, config.num_blocks, planned.phantom_width, **kind)
+        split = PhantomLinear(*features(linear), config.num_blocks, planned.phantom_width, **kind)
     split.name, split.init_seed = planned.name, config.seed
     split.train(linear.training)
     if not weight.is_meta:
@@ -181,8 +183,8 @@ def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
 def densify(module: nn.Module) -> nn.Module:
     """Return a copy of `module` with plain layers again: the same function, the original classes and dtypes.
 
-    A phantom or tensor-parallel layer becomes the `nn.Linear` of its dense weight. Collective when layers are shared
-    between ranks; every rank gets the whole module.
+    A phantom or tensor-parallel layer becomes what it was put in the place of (`nn.Linear`, or GPT-2's `Conv1D`), with
+    its dense weight. Collective when layers are shared between ranks; every rank gets the whole module.
 
     Args:
         module: what `phantomize_` or a strategy has swapped layers of; it is not changed.
@@ -215,9 +217,9 @@ def densify(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _dense_layer(layer: SplitLinear) -> nn.Linear:
-    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    linear.weight = nn.Parameter(layer.dense_weight(), requires_grad=layer.weight.requires_grad)
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.global_tensor("bias"), requires_grad=layer.bias.requires_grad)
+def _dense_layer(layer: SplitLinear) -> nn.Module:
+    bias = None if layer.bias is None else layer.global_tensor("bias")
+    linear = make_linear(layer.dense_class, layer.dense_weight(), bias)
+    for name, parameter in linear.named_parameters():
+        parameter.requires_grad_(layer.get_parameter(name).requires_grad)
     return linear

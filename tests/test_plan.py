@@ -740,3 +740,112 @@ def test_cost_of_a_plan():
 def test_bad_cost_arguments(arguments, message):
     with pytest.raises(PhantomError, match=message):
         estimate_cost(*arguments)
+
+
+class Branches(nn.Module):
+    """Cannot be traced, and may do anything with what it is told about."""
+
+    def __init__(self, does=lambda x: x):
+        super().__init__()
+        self.does = does
+
+    def forward(self, x, **more):
+        return self.does(x) if x.sum() > 0 else self.does(x) * 2
+
+
+class Beside(Block):
+    """A feed-forward block that has something untraceable run before it, as attention does in a transformer."""
+
+    def forward(self, x, **more):
+        return self.fc2(torch.relu(self.fc1(self.attention(x, **more))))
+
+
+def test_a_chain_is_proven_beside_what_cannot_be_traced():
+    module = phantomize_(Beside(attention=Branches()), PhantomConfig(4))
+    (chain,) = plan_phantom(Beside(attention=Branches()), PhantomConfig(4)).chains
+    assert chain.members == ("fc1", "fc2") and chain.opaque == ("attention",)
+    x = torch.randn(3, 16)
+    for more in ({}, {"mask": x}):  # whatever is handed on stays outside the chain
+        assert torch.allclose(module(x, **more), densify(module)(x, **more), atol=1e-6)
+
+
+def test_what_cannot_be_traced_may_not_run_inside_a_chain():
+    class Between(Block):
+        def forward(self, x):
+            h = torch.relu(self.fc1(x))
+            self.attention(x)
+            return self.fc2(h)
+
+    class Through(Block):
+        def forward(self, x):
+            return self.fc2(self.attention(self.fc1(x)))
+
+    why = reasons(Between(attention=Branches()))["fc1"]
+    assert "'attention' (Branches), which cannot be traced, runs before it is used" in why
+    assert (
+        "'fc1' (Linear) is read by 'attention' (Branches), outside any chain"
+        in reasons(Through(attention=Branches()))["fc1"]
+    )
+
+
+def test_what_cannot_be_traced_may_not_call_a_member():
+    module = Beside(attention=Branches())
+    hidden = [module]  # no submodule, so nothing shows it
+    module.attention.does = lambda x: hidden[0].fc1(x)[..., :16]
+    phantomize_(module, PhantomConfig(4))
+    with pytest.raises(LayoutError, match="'fc1' was called outside the forward of 'the root module'"):
+        module(torch.ones(3, 16))
+
+
+def test_a_dropout_that_an_untraced_module_uses_too_is_counted_in_the_chain_alone():
+    drop = nn.Dropout(0.5)
+
+    class Uses(Block):
+        def forward(self, x):
+            return self.fc2(self.drop(self.fc1(self.attention(x))))
+
+    module = phantomize_(Uses(attention=Branches(), drop=drop), PhantomConfig(4))
+    module.attention.does = module.drop
+    ((chain, flags),) = module.drop.calls
+    counted = []
+    module.fc2.register_forward_pre_hook(lambda *_: counted.append(list(chain._calls.values())))
+    module(torch.ones(3, 16))
+    assert flags == (True,) and counted == [[1]]
+
+
+def cumsum(h, mix=False, **more):
+    return h.cumsum(-1) if mix else h
+
+
+def test_extra_arguments_are_only_proven_where_they_are_handed_to_an_untraced_module():
+    class Looks(Block):
+        def forward(self, x, **more):
+            h = self.fc1(self.attention(x, **more))
+            return self.fc2(h.cumsum(-1) if more.get("mix") else h)
+
+    class HandsToFunction(Block):
+        def forward(self, x, **more):
+            return self.fc2(cumsum(self.fc1(x), **more))
+
+    class HandsToMethod(Block):
+        def cumsum(self, h, **more):
+            return cumsum(h, **more)
+
+        def forward(self, x, **more):
+            return self.fc2(self.cumsum(self.fc1(x), **more))
+
+    class Renames(Block):
+        def forward(self, x, **more):
+            other = more
+            return self.fc2(cumsum(self.fc1(x), **other))
+
+    class Unpacks(Block):
+        def forward(self, *args, **more):
+            return self.fc2(self.fc1(self.attention(*args, **more)))
+
+    class Inside(Block):
+        def forward(self, x, **more):
+            return self.fc2(self.attention(self.fc1(x), **more))
+
+    for cls in (Looks, HandsToFunction, HandsToMethod, Renames, Unpacks, Inside):
+        assert decisions(cls(attention=Branches())) == DENSE, cls
