@@ -311,8 +311,9 @@ class Builder:
             elif what < 93 and net.takes_mix:
                 step(self.rng.choice(["if given", "if left out"]), elementwise(), mixing())
             elif what < 94:
-                net.register_parameter("scale", nn.Parameter(torch.randn(width, dtype=self.dtype)))
-                step("scale", "scale")
+                name = f"scale{len(net.steps)}"
+                net.register_parameter(name, nn.Parameter(torch.randn(width, dtype=self.dtype)))
+                step("scale", name)
             elif what < 95:
                 step("untraceable")
             elif what < 96:
