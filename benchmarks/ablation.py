@@ -55,8 +55,8 @@ class Sizes(NamedTuple):
         return LanguageModel(self.dim, self.depth, heads, self.context, model.width, lr=lr)
 
 
-def main() -> None:
-    args = parse()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
     sizes = Sizes(args.dim, args.depth, args.context, args.batch_size)
     if not args.plot_only:
         run_all(args, sizes)
@@ -67,7 +67,7 @@ def main() -> None:
     print(f"\nRuns: {args.csv}. Picture: {picture}.")
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__, formatter_class=kind)
     parser.add_argument("--csv", type=Path, default=Path("outputs/ablation.csv"), help="one row per run (%(default)s)")
@@ -89,7 +89,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", help="a file to read; default: this Python's standard library")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
     parser.add_argument("--plot-only", action="store_true", help="run nothing, draw what the CSV holds")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def run_all(args: argparse.Namespace, sizes: Sizes) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from benchmarks import ablation
 from examples.lm import LanguageModel, Text
 from lightning_phantom import PhantomConfig, plan_phantom
 
@@ -72,3 +73,28 @@ def test_the_three_runs_differ_in_their_strategy_only():
         "phantom": {"trainer": {"devices": 2, "strategy": "phantom"}},
         "tensor_parallel": {"trainer": {"devices": 2, "strategy": "tensor_parallel"}},
     }
+
+
+def test_the_ablation_runs_resumes_and_draws(tmp_path, capsys):
+    (tmp_path / "text").write_bytes(bytes(range(97, 123)) * 60)
+    runs = tmp_path / "runs.csv"
+    options = "--dim 8 --depth 1 --context 8 --batch-size 4 --steps 2 --blocks 2 --widths 0.5 --lrs 1e-3 1e-2".split()
+
+    def run(*seeds):
+        ablation.main([f"--csv={runs}", f"--text={tmp_path / 'text'}", *options, "--seeds", *seeds])
+        return capsys.readouterr().out, runs.read_text().splitlines()
+
+    table, rows = run("0")
+    assert rows[0] == "method,p,k,lr,seed,weights,val_loss,steps,seconds"
+    # Three models, two learning rates; the phantom model and its control have about as many weights.
+    assert len(rows) == 7 and "| p = 2, k = 2 |" in table
+    weights = {row.split(",")[0]: int(row.split(",")[5]) for row in rows[1:]}
+    assert weights["phantom"] < weights["dense"] and abs(weights["phantom"] - weights["narrow"]) <= 2 * 8 + 1
+    _, resumed = run("0", "1")
+    # What was there stays; another seed runs at the best learning rate alone.
+    assert resumed[:7] == rows and len(resumed) == 10
+    best = {}
+    for row in (row.split(",") for row in rows[1:]):
+        best[row[0]] = min(best.get(row[0], row), row, key=lambda r: float(r[6]))
+    assert {tuple(row.split(",")[i] for i in (0, 3)) for row in resumed[7:]} == {(m, r[3]) for m, r in best.items()}
+    assert "phantom, p = 2" in (tmp_path / "runs.svg").read_text()
