@@ -264,7 +264,7 @@ def draw(results: list[Result], path: Path) -> None:
     (dense,) = (r for r in results if r.method == "dense")
     narrow = sorted((r for r in results if r.method in ("narrow", "dense")), key=lambda r: r.weights)
     figure, (by_width, by_weights) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    by_width.axhline(dense.mean, color="black", linewidth=1, label="dense")
+    by_width.axhline(dense.mean, color="black", linewidth=1)
     by_width.axhspan(dense.mean - dense.deviation, dense.mean + dense.deviation, color="black", alpha=0.1)
     by_weights.errorbar(
         [r.weights for r in narrow],
@@ -274,7 +274,7 @@ def draw(results: list[Result], path: Path) -> None:
         marker=".",
         linewidth=1,
         capsize=2,
-        label="dense, narrower",
+        label="dense, and narrower",
     )
     for n, p in enumerate(sorted({r.p for r in results if r.method == "phantom"})):
         chosen = sorted((r for r in results if r.method == "phantom" and r.p == p), key=lambda r: r.k)
@@ -295,9 +295,9 @@ def draw(results: list[Result], path: Path) -> None:
     by_weights.xaxis.set_major_formatter("{x:,.0f}")
     for axes in (by_width, by_weights):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    seeds = sorted({r.seeds for r in results})
-    figure.suptitle(f"Best learning rate each; mean and standard deviation of {'-'.join(map(str, seeds))} seeds")
+    figure.legend(*by_weights.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
+    seeds = "-".join(map(str, sorted({r.seeds for r in results})))
+    figure.suptitle(f"Best learning rate each; mean and standard deviation, seeds: {seeds}", fontsize="medium")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
