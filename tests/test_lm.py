@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import CSVLogger
 
-from benchmarks import ablation
+from benchmarks import ablation, lm
 from examples.lm import LanguageModel, Text
-from lightning_phantom import PhantomConfig, plan_phantom
+from examples.report import RunReport
+from lightning_phantom import EnergyMonitor, PhantomConfig, PhantomStrategy, plan_phantom
+from lightning_phantom.energy_report import FLAGS
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,3 +102,34 @@ def test_the_ablation_runs_resumes_and_draws(tmp_path, capsys):
         best[row[0]] = min(best.get(row[0], row), row, key=lambda r: float(r[6]))
     assert {tuple(row.split(",")[i] for i in (0, 3)) for row in resumed[7:]} == {(m, r[3]) for m, r in best.items()}
     assert "phantom, p = 2" in (tmp_path / "runs.svg").read_text()
+
+
+def test_reports_of_any_strategy_become_one_table(tmp_path, capsys):
+    (tmp_path / "text").write_bytes(bytes(range(97, 123)) * 60)
+    for method, strategy in ("dense", "auto"), ("phantom", PhantomStrategy(num_blocks=2)):
+        data = Text(str(tmp_path / "text"), context=8, batch_size=4)
+        trainer = L.Trainer(
+            accelerator="cpu",
+            devices=1,
+            strategy=strategy,
+            max_epochs=1,
+            limit_train_batches=4,
+            enable_model_summary=False,
+            callbacks=[EnergyMonitor(print_table=False, warmup_steps=1), RunReport()],
+            logger=CSVLogger(tmp_path / f"{method}-0"),
+            default_root_dir=tmp_path,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+        )
+        trainer.fit(tiny(), data)
+        shown = capsys.readouterr().out
+        assert "LanguageModel: 4 steps on 1 rank" in shown and "validation bits per byte" in shown
+        assert ("tensor parallel would send" in shown) == (method == "phantom")
+    lines = lm.table(tmp_path, ["dense", "phantom", "tensor_parallel"], [0, 1]).splitlines()
+    rows = {cells[0]: cells[1:] for cells in ([c.strip() for c in line.split("|")[1:-1]] for line in lines)}
+    assert rows[""] == ["dense", "phantom", "tensor_parallel"]
+    assert rows["steps"] == ["4", "4", "not run"] and rows["seeds"][:2] == ["1", "1"]
+    dense, phantom = (int(cell.replace(",", "")) for cell in rows["weights per rank"][:2])
+    assert dense == sum(p.numel() for p in tiny().parameters()) > phantom
+    assert float(rows["validation loss, nats per byte"][0]) > 0
+    assert all(rows[f"{part} energy"][0].split(", ")[-1] in FLAGS for part in ("GPU", "CPU", "RAM"))
