@@ -100,6 +100,8 @@ class ParallelLinear(SplitLinear):
 
     def compute(self, layers: Sequence[ParallelLinear], x: Tensor, factors: Sequence[Any]) -> list[Tensor]:
         """Apply `layers` to x [tokens, width]; see `SplitLinear`."""
+        if self.ranks.size == 1:
+            return [nn.functional.linear(x, *factors[n : n + 2]) for n in range(0, len(factors), 2)]
         outputs = _Multiply.apply(x, self.ranks, self.cut, self.input_layout, *factors)
         return [
             gather(z, layer.ranks) if layer.cut == "column" and layer.output_layout == "replicated" else z

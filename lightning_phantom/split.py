@@ -159,8 +159,11 @@ class SplitLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [..., in] to [..., out], or this rank's share of either where the layout is sharded."""
-        # Collectives and writes into views do not compile; outside compilation the guard would cost more than it helps.
-        return self._uncompiled(input) if torch.compiler.is_compiling() else self._forward(input)
+        if not torch.compiler.is_compiling():
+            return self._forward(input)
+        # Collectives do not compile. A layer that one process holds does; and as the two layouts are the same there, a
+        # chain's guard has nothing to guard.
+        return self._uncompiled(input) if self.ranks.size > 1 else _run((self,), input)[0]
 
     def _forward(self, input: Tensor) -> Tensor:
         if self.chain is None:
