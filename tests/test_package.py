@@ -18,9 +18,9 @@ from lightning_phantom.cli import main
 ROOT = Path(__file__).parent.parent
 # Each module imports only from those before it.
 ORDER = (
-    "errors launch rng files config cost comm convert chain fused layers proof ffn swap mesh gradients prepare "
-    "replicas checkpoint sharded saving strategy energy_report energy_meter energy_fit energy __init__ cli "
-    "__main__"
+    "errors launch rng files config cost comm convert calibrate chain fused layers proof ffn swap mesh gradients "
+    "prepare replicas checkpoint sharded saving strategy conversion_report conversion calibration_run convert_cli "
+    "energy_report energy_meter energy_fit energy __init__ cli __main__"
 ).split()
 
 
