@@ -135,6 +135,8 @@ class ShardedDropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """Zero each feature with probability `p` and scale the others by `1 / (1 - p)`, in training mode only."""
+        if not self.training:
+            return input
         # Generators do not compile.
         return self._uncompiled(input) if torch.compiler.is_compiling() else self._forward(input)
 
@@ -142,7 +144,7 @@ class ShardedDropout(nn.Dropout):
         counted = [(flags, chain.count_call(self)) for chain, flags in self.calls]
         if not any(flags[call] for flags, call in counted if call is not None):
             return super().forward(input)
-        if not self.training or self.p == 0:
+        if self.p == 0:
             return input
         draw = int(torch.randint(2**63 - 1, (), dtype=torch.int64))
         if self.p == 1:

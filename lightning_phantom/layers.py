@@ -24,6 +24,7 @@ rank. Both run while the products with L, which need nothing from elsewhere, are
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -168,8 +169,16 @@ class PhantomLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [..., in] to [..., out], or this rank's share of either where the layout is sharded."""
-        # Collectives and writes into views do not compile; outside compilation the guard would cost more than it helps.
-        return self._uncompiled(input) if torch.compiler.is_compiling() else self._forward(input)
+        if not torch.compiler.is_compiling():
+            return self._forward(input)
+        # Collectives do not compile. A layer that one process holds does, as plain products; on one process the two
+        # layouts are the same, so a chain's guard has nothing to guard.
+        return self._uncompiled(input) if self.ranks.size > 1 else self._traced(input)
+
+    def _traced(self, input: Tensor) -> Tensor:
+        _check_width(self, input)
+        x, *factors = _autocast(input, self.factors())
+        return _plain(x.reshape(-1, self.in_features), self.num_blocks, *factors).unflatten(0, input.shape[:-1])
 
     def _forward(self, input: Tensor) -> Tensor:
         if self.chain is None:
@@ -245,16 +254,8 @@ def _run(layers: tuple[PhantomLinear, ...], x: Tensor) -> list[Tensor]:
     """Apply layers that read the same input, with one collective each way for all of them."""
     first = layers[0]
     sharded = first.input_layout == "sharded"
-    width = first.in_features // first.ranks.size if sharded else first.in_features
-    if x.shape[-1] != width:
-        raise LayoutError(
-            f"{first.name or type(first).__name__}: the input is {list(x.shape)}, but its last size must be {width} "
-            f"(in_features={first.in_features}, {first.input_layout}, {first.ranks.size} ranks)."
-        )
-    factors: list[Any] = [f for layer in layers for f in layer.factors()]
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, *factors = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *factors))
+    width = _check_width(first, x)
+    x, *factors = _autocast(x, [f for layer in layers for f in layer.factors()])
     flat = x.reshape(-1, width)
     if not sharded:
         flat = scatter(flat, first.ranks)
@@ -264,6 +265,35 @@ def _run(layers: tuple[PhantomLinear, ...], x: Tensor) -> list[Tensor]:
         for layer, z in zip(layers, outputs, strict=True)
     ]
     return [z.reshape(*x.shape[:-1], z.shape[-1]) for z in outputs]
+
+
+def _check_width(layer: PhantomLinear, x: Tensor) -> int:
+    """Return the width of the layer's input on this rank, once `x` is seen to have it."""
+    sharded = layer.input_layout == "sharded"
+    width = layer.in_features // layer.ranks.size if sharded else layer.in_features
+    if x.shape[-1] != width:
+        raise LayoutError(
+            f"{layer.name or type(layer).__name__}: the input is {list(x.shape)}, but its last size must be {width} "
+            f"(in_features={layer.in_features}, {layer.input_layout}, {layer.ranks.size} ranks)."
+        )
+    return width
+
+
+def _autocast(x: Tensor, factors: Iterable[Tensor | None]) -> list[Any]:
+    """The input and the factors in the type that autocast asks for."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return [x, *factors]
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *factors)]
+
+
+def _plain(x: Tensor, p: int, local: Tensor, c: Tensor, d: Tensor, bias: Tensor | None) -> Tensor:
+    """What `_Mix` computes for one layer on one process, as operations that autograd and compilers know."""
+    xs = _features(x, p)
+    g = torch.bmm(xs, _rows(c, p).mT).transpose(0, 1).flatten(1)
+    z = torch.baddbmm(torch.bmm(xs, _rows(local, p).mT), _of_others(g, range(p), p), _rows(d, p).mT)
+    z = z.transpose(0, 1).flatten(1)
+    return z if bias is None else z + bias
 
 
 class _Mix(torch.autograd.Function):

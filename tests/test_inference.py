@@ -1,0 +1,118 @@
+"""Swapped modules on one process, exported and compiled: the same function, with the same gradients."""
+
+import itertools
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from examples.lm import LanguageModel
+from lightning_phantom import PhantomConfig, PhantomLinear, phantomize_
+from lightning_phantom.errors import LayoutError
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler here"
+)
+
+
+class Gated(nn.Module):
+    """A gated feed-forward network, whose first two linears share their latents' journey."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 16))
+
+
+def swapped(kind):
+    """A module with phantom layers, and an input."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    if kind == "layer":
+        return PhantomLinear(16, 24, 4, 2, dtype=torch.float64), x
+    if kind == "language model":
+        return phantomize_(LanguageModel(16, 2, 2, 8).double(), PhantomConfig(2)), torch.randint(256, (2, 8))
+    module = {"mlp": mlp, "gated": Gated}[kind]()
+    return phantomize_(module.double(), PhantomConfig(4)), x
+
+
+KINDS = ("layer", "mlp", "gated", "language model")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exported(kind, tmp_path):
+    module, x = swapped(kind)
+    module.eval()
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert not any("lightning_phantom" in str(node.target) for node in program.graph.nodes)
+    torch.export.save(program, tmp_path / "program.pt2")
+    program = torch.export.load(tmp_path / "program.pt2").module()
+    for batch in (x, torch.cat([x, x.flip(0), x])):
+        assert torch.allclose(program(batch), module(batch), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_without_a_graph_break(kind):
+    module, x = swapped(kind)
+    module.eval()
+
+    def gradients(function):
+        module.zero_grad()
+        out = function(x)
+        out.square().mean().backward()
+        return [out, *(p.grad for p in module.parameters())]
+
+    expected = gradients(module)
+    torch._dynamo.reset()
+    got = gradients(torch.compile(module, fullgraph=True, backend="aot_eager"))
+    for a, b in zip(got, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-12)
+
+
+@needs_compiler
+def test_compiled_to_machine_code():
+    module, x = swapped("mlp")
+    module.eval()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(module, fullgraph=True)(x), module(x), rtol=1e-10, atol=1e-12)
+
+
+def test_traced_and_eager_agree_in_values_and_gradients(monkeypatch):
+    for p, bias, autocast in itertools.product((2, 4), (True, False), (True, False)):
+        dtype = torch.float32 if autocast else torch.float64
+        layer = PhantomLinear(16, 24, p, 2, bias, dtype=dtype)
+        x = torch.randn(3, 5, 16, dtype=dtype, requires_grad=True)
+        grad = torch.randn(3, 5, 24, dtype=dtype)
+
+        def run(layer=layer, x=x, grad=grad, autocast=autocast):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                out = layer(x)
+            tensors = [x, *layer.parameters()]
+            return [out, *torch.autograd.grad(out, tensors, grad.to(out.dtype))]
+
+        eager = run()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            traced = run()
+        for a, b in zip(traced, eager, strict=True):
+            assert a.dtype == b.dtype and a.shape == b.shape
+            tolerance = 0.05 if autocast else 1e-12
+            assert torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_the_guard_of_a_chain_outlives_an_export():
+    module, x = swapped("mlp")
+    module.eval()
+    torch.export.export(module, (x,))
+    with pytest.raises(LayoutError, match="outside the forward"):
+        module[0](x)
+    with pytest.raises(LayoutError, match="last size must be 16"):
+        torch.export.export(module, (x[..., :8],))
