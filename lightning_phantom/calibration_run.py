@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -57,9 +58,9 @@ class CalibrationRun:
         return self._moments(self.fit, names), self._moments(self.held_out, names)
 
     def _moments(self, batches: Sequence[Any], names: Sequence[str]) -> Mapping[str, Moments]:
-        run: Callable[..., Any] = self.trainer.predict
+        run: Callable[..., Any] = partial(self.trainer.predict, return_predictions=False)
         if is_overridden("validation_step", self.module):
-            run = self.trainer.validate
+            run = partial(self.trainer.validate, verbose=False)
         with record_inputs(self.module, names) as moments:
             run(self.module, dataloaders=_Batches(batches))
         for name, seen in moments.items():

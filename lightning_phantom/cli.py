@@ -24,6 +24,15 @@ COMMANDS = {
 }
 
 
+class _CLI(LightningCLI):
+    def _parse_ckpt_path(self) -> None:
+        """Make the model as the config says, also with `--ckpt_path`.
+
+        Newer releases of Lightning put the hyper-parameters of the checkpoint into the config here, which refuses every
+        checkpoint that was saved without LightningCLI: they do not name the class.
+        """
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run `fit`, `validate`, `test` or `predict` on the module and data that a config names, or one of `COMMANDS`.
 
@@ -37,7 +46,7 @@ def main(args: Sequence[str] | None = None) -> None:
         importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
         return
     others = "; ".join(f"{name}: {what}" for name, (_, what) in COMMANDS.items())
-    LightningCLI(
+    _CLI(
         L.LightningModule,
         L.LightningDataModule,
         subclass_mode_model=True,

@@ -143,7 +143,9 @@ def _convert(options: argparse.Namespace) -> Converted:
     if options.merge is not None:
         with _progress(len(checkpoint.get("phantom", {}).get("layers", ()))) as advance:
             merged, report = to_fewer_blocks(checkpoint, options.merge, folder, advance)
-            return merged, report, _use(merged["phantom"]["num_blocks"], width_setting(merged))
+            # With fewer blocks more layers divide, and fewer shrink, so the plan that a strategy finds can be another.
+            plan = dict.fromkeys(merged["phantom"]["layers"], "phantom")
+            return merged, report, _use(merged["phantom"]["num_blocks"], width_setting(merged), plan)
     if options.to == "dense":
         return *to_plain(checkpoint), "Any strategy takes it, as ckpt_path=, and so does load_from_checkpoint."
     run = _read_config(options.config)
@@ -158,7 +160,7 @@ def _convert(options: argparse.Namespace) -> Converted:
         calibration = CalibrationRun(run.trainer, run.module, run.datamodule, options.calibrate)
     with _progress(len(plan.swapped)) as advance:
         converted = to_phantom({**_hyper_parameters(run), **checkpoint}, plan, folder, calibration, advance)
-        return *converted, _use(config.num_blocks, config.phantom_width)
+        return *converted, _use(config.num_blocks, config.phantom_width, config.plan)
 
 
 @dataclass(frozen=True)
@@ -227,11 +229,12 @@ def _hyper_parameters(run: _Run) -> dict[str, Any]:
     }
 
 
-def _use(num_blocks: int, phantom_width: int | float) -> str:
+def _use(num_blocks: int, phantom_width: int | float, plan: Mapping[str, str] | None) -> str:
     """How to go on with a phantom checkpoint."""
+    named = f", plan={dict(plan)}" if plan is not None else ""
     return (
-        f"Take it with PhantomStrategy(num_blocks={num_blocks}, phantom_width={phantom_width}) and the plan it was "
-        f"made with, as ckpt_path= of fit or validate."
+        f"Take it with PhantomStrategy(num_blocks={num_blocks}, phantom_width={phantom_width}{named}), as ckpt_path= "
+        f"of fit or validate."
     )
 
 

@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
+import shlex
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -244,9 +247,9 @@ def test_convert_calibrate_validate_train_merge_and_leave(folder, capsys):
 
     # Two blocks of twice the width are the same function; and so is the dense model at the end.
     convert("tuned.ckpt", "merged.ckpt", "--merge", 2, "--report", "merged.json")
-    assert "PhantomStrategy(num_blocks=2, phantom_width=0.5)" in capsys.readouterr().out
+    plan = dict.fromkeys(("net.0", "net.2", "net.4"), "phantom")
+    assert f"PhantomStrategy(num_blocks=2, phantom_width=0.5, plan={plan})" in capsys.readouterr().out
     tuned = validation_loss("tuned.ckpt", strategy())
-    plan = {"net.*": "phantom"}  # of two blocks half the width does not shrink a square layer
     merged = PhantomStrategy(num_blocks=2, phantom_width=0.5, plan=plan)
     assert abs(validation_loss("merged.ckpt", merged) - tuned) < 1e-5
     assert max(layer["weight_error"] for layer in json.loads((folder / "merged.json").read_text())["layers"]) < 1e-6
@@ -392,3 +395,22 @@ def test_help(capsys):
             main(arguments)
         assert stop.value.code == 0
         assert expected in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_how_to_runs(tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "pretrained.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+    blocks = re.findall(r"```(yaml|python|bash)\n(.*?)```", page, flags=re.DOTALL)
+    assert [language for language, _ in blocks] == ["yaml", "python", "bash", "bash", "yaml", "bash"]
+    names = iter(["run.yaml", "merged.yaml"])
+    for language, block in blocks:
+        if language == "yaml":
+            (tmp_path / next(names)).write_text(block)
+        elif language == "python":
+            exec(compile(block, "pretrained.md", "exec"), {})
+        else:
+            for line in block.splitlines():
+                main(shlex.split(line)[1:])
+    layers = json.loads((tmp_path / "report.json").read_text())["layers"]
+    assert all(layer["output_error"] < layer["plain_output_error"] for layer in layers)
