@@ -144,8 +144,8 @@ def _convert(options: argparse.Namespace) -> Converted:
         with _progress(len(checkpoint.get("phantom", {}).get("layers", ()))) as advance:
             merged, report = to_fewer_blocks(checkpoint, options.merge, folder, advance)
             # With fewer blocks more layers divide, and fewer shrink, so the plan that a strategy finds can be another.
-            plan = dict.fromkeys(merged["phantom"]["layers"], "phantom")
-            return merged, report, _use(merged["phantom"]["num_blocks"], width_setting(merged), plan)
+            named = dict.fromkeys(merged["phantom"]["layers"], "phantom")
+            return merged, report, _use(merged["phantom"]["num_blocks"], width_setting(merged), named)
     if options.to == "dense":
         return *to_plain(checkpoint), "Any strategy takes it, as ckpt_path=, and so does load_from_checkpoint."
     run = _read_config(options.config)
