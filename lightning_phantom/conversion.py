@@ -71,12 +71,15 @@ def read(path: Path, trust: bool) -> dict[str, Any]:
     return dict(loaded)
 
 
-def check_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless the state dict has the module's keys and shapes."""
+def check_state(module: nn.Module, state: Mapping[str, Tensor], plan: Plan) -> None:
+    """Raise CheckpointError unless the state dict has the module's keys and shapes, or at least the planned layers'."""
     ours = module.state_dict()
     strict = getattr(module, "strict_loading", True)
+    planned = {layer.name for layer in plan.swapped}
     problems = {
-        "missing from the checkpoint": [key for key in ours if key not in state] if strict else [],
+        "missing from the checkpoint": [
+            key for key in ours if key not in state and (strict or key.rpartition(".")[0] in planned)
+        ],
         "unknown to the module": [key for key in state if key not in ours] if strict else [],
         "of another shape": [
             f"{key} {list(state[key].shape)}, not {list(value.shape)}"

@@ -153,7 +153,7 @@ def _convert(options: argparse.Namespace) -> Converted:
     plan = plan_phantom(run.module, config)
     if not plan.swapped:
         raise nothing_qualifies(run.module, plan)
-    check_state(run.module, checkpoint["state_dict"])
+    check_state(run.module, checkpoint["state_dict"], plan)
     calibration = None
     if options.calibrate is not None:
         run.module.load_state_dict(checkpoint["state_dict"], strict=run.module.strict_loading)

@@ -293,6 +293,7 @@ def test_bad_requests_are_refused_before_anything_is_written(folder):
     torch.save(other, "other.ckpt")
     other["state_dict"]["net.2.weight"] = torch.full((32, 32), float("nan"))
     torch.save(other, "nan.ckpt")
+    torch.save({k: v for k, v in other["state_dict"].items() if k != "net.2.weight"}, "short.ckpt")
     torch.save({**other, "mine": Small}, "pickled.ckpt")
     (folder / "dense.yaml").write_text(CONFIG.split("  strategy")[0] + CONFIG[CONFIG.index("model:") :])
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
@@ -304,6 +305,7 @@ def test_bad_requests_are_refused_before_anything_is_written(folder):
         (("pickled.ckpt", "x.ckpt", "--config", "run.yaml"), "--trust"),
         (("nan.ckpt", "x.ckpt", "--config", "run.yaml"), "'net.2' holds NaN"),
         (("other.ckpt", "x.ckpt", "--config", "run.yaml"), "net.2.weight [8, 8], not [32, 32]"),
+        (("short.ckpt", "x.ckpt", "--config", "run.yaml"), "missing from the checkpoint: net.2.weight"),
         (("dense.ckpt", "x.ckpt"), "--config is needed"),
         (("dense.ckpt", "x.ckpt", "--config", "no.yaml"), "there is no such file"),
         (("dense.ckpt", "x.ckpt", "--config", "dense.yaml"), "--num-blocks is needed"),
