@@ -5,8 +5,8 @@
 
 For every number of blocks p and width k, a share of the block width, the dense model is converted from its weights
 alone and with calibration on training batches; nothing is trained after. Loss is the mean over the held-out text in
-nats per byte. "saved" is the share of the plain conversion's increase over dense that calibration takes away. Writes a
-CSV.
+nats per byte. "saved" is the share of the plain conversion's increase over dense that calibration takes away, if it
+increased. Writes a CSV.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def compare(model, data, blocks, shares, batches):
                     model.load_state_dict(dense["state_dict"])
             plain, calibrated = losses
             weights = report.weights_after / report.weights_before
-            saved = (plain - calibrated) / (plain - before)
+            saved = (plain - calibrated) / (plain - before) if plain > before else None
             yield dict(zip(COLUMNS, (p, report.layers[0].phantom_width, weights, before, *losses, saved), strict=True))
 
 
@@ -98,7 +98,8 @@ def main():
             writer.writerow(row)
             file.flush()
             losses = " | ".join(f"{row[key]:.4f}" for key in ("dense", "plain", "calibrated"))
-            print(f"| {row['p']} | {row['k']} | {row['weights']:.2f} | {losses} | {row['saved']:.0%} |", flush=True)
+            saved = "-" if row["saved"] is None else f"{row['saved']:.0%}"
+            print(f"| {row['p']} | {row['k']} | {row['weights']:.2f} | {losses} | {saved} |", flush=True)
 
 
 if __name__ == "__main__":
