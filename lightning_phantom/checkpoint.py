@@ -6,7 +6,8 @@ holds dense weights under the module's own keys. Beside them, `"phantom"` holds 
     version         1
     method          "phantom" (also where there is none) or "tensor_parallel"
     num_blocks      p, of phantom layers
-    layers          {name: {"in_features", "out_features", "bias", and of phantom layers "phantom_width"}}
+    layers          {name: {"in_features", "out_features", "bias", "phantom_width" of phantom layers,
+                    "transposed" where dense weights are [in, out]}}
     factors         of phantom layers: [{"path": [keys down to a state dict], "tensors": {key: all ranks'}}, ...]
     optimizers      per optimizer: {"state": {parameter name: ...}, "param_groups": [...]}, of all ranks
     rng             per replica: the states of its random number generators

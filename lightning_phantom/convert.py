@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_phantom.comm import Ranks
+from lightning_phantom.config import resolve_phantom_width
 
 DEAD = 1e-6  # singular values below this share of a block column's largest carry nothing worth a column of D
 
@@ -63,8 +64,7 @@ def from_dense(weight: Tensor, blocks: Blocks, ranks: Ranks) -> Factors:
 
     For each block column j the stacked off-diagonal blocks A [(p-1)*m_out, m_in] are projected on their k leading
     right singular vectors V, from an eigendecomposition of A^T A in float64: C_j = V^T and D_j = A V, balanced by the
-    square roots of the singular values. A component that carries nothing gets a zero column in D and a random
-    row in C: with both at zero it would never learn. Each rank decomposes its own columns once and sends the D_ij out.
+    square roots of the singular values (`settle`). Each rank decomposes its own columns once and sends the D_ij out.
     """
     p, k, held = blocks.num_blocks, blocks.phantom_width, blocks.held_by(ranks)
     columns = [_decompose(weight, j, blocks) for j in held]
@@ -73,9 +73,7 @@ def from_dense(weight: Tensor, blocks: Blocks, ranks: Ranks) -> Factors:
     sent = torch.cat([d.unflatten(0, (p, blocks.block_out)) for _, d in columns], dim=2)
     received = ranks.all_to_all(sent.unflatten(0, (ranks.size, len(held))))
     everyone = received.permute(1, 2, 0, 3).reshape(len(held), blocks.block_out, p * k)
-    decompressor = torch.cat(
-        [torch.cat([d[:, : i * k], d[:, (i + 1) * k :]], dim=1) for i, d in zip(held, everyone, strict=True)]
-    )
+    decompressor = torch.cat([without(d, i, k) for i, d in zip(held, everyone, strict=True)])
     diagonal = torch.cat([_block(weight, i, i, blocks) for i in held])
     return Factors(*(t.to(weight.dtype) for t in (diagonal, compressor, decompressor)))
 
@@ -128,22 +126,66 @@ def to_dense(factors: Factors, num_blocks: int) -> Tensor:
     return torch.cat(rows)
 
 
+def merge(factors: Factors, num_blocks: int, q: int) -> Factors:
+    """Return the factors of p/q blocks that stand for the same dense weight as those of all p blocks, exactly.
+
+    Within a coarse block W_ij = D_ij C_j becomes a part of its dense L; its compressors are those of its q blocks, one
+    above the other, so k becomes q*k. Where that is more than any matrix of the size needs, the width is the largest
+    useful one. p/q is at least 2.
+    """
+    p, k, coarse = num_blocks, factors.compressor.shape[0] // num_blocks, num_blocks // q
+    n_in, n_out = factors.weight.shape[1] * p, factors.weight.shape[0]
+    useful = resolve_phantom_width(q * k, n_in, n_out, coarse)
+    if useful < q * k:
+        blocks = Blocks(n_in, n_out, coarse, useful, 0, "")
+        return from_dense(to_dense(factors, p), blocks, Ranks(None))
+    dense = to_dense(factors, p)
+    local = [
+        block for i, rows in enumerate(dense.chunk(coarse)) for j, block in enumerate(rows.chunk(coarse, 1)) if i == j
+    ]
+    compressor = [torch.block_diag(*group.chunk(q)) for group in factors.compressor.chunk(coarse)]
+    # Of its own group a row block of D has q - 1 latents: there is none for j = i.
+    decompressor = [without(d, i // q * q, k, q - 1) for i, d in enumerate(factors.decompressor.chunk(p))]
+    return Factors(torch.cat(local), torch.cat(compressor), torch.cat(decompressor))
+
+
+def settle(
+    compressor: Tensor, decompressor: Tensor, j: int, blocks: Blocks, rounding: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Choose among all C_j [k, m_in] and D_j [out, k] with one product: balanced, signs settled, able to learn.
+
+    Each row of C gets the norm of its column of D, and a positive largest entry. A component that carries nothing gets
+    a zero column in D and a random row in C: with both at zero it would never learn. One whose product has at most the
+    norm `rounding` carries nothing.
+    """
+    rows, columns = compressor.norm(dim=1), decompressor.norm(dim=0)
+    strength = rows * columns
+    alive = strength > (DEAD * strength.max()).clamp(min=rounding)
+    ones = torch.ones_like(strength)
+    signs = compressor.gather(1, compressor.abs().argmax(1, keepdim=True)).sign().squeeze(1)
+    scale = signs * (columns.where(alive, ones) / rows.where(alive, ones)).sqrt()
+    random_rows = _random_compressor(blocks, blocks.generator(j)).to(compressor)
+    settled = torch.where(alive[:, None], scale[:, None] * compressor, random_rows)
+    return settled, decompressor / scale.where(alive, ones) * alive
+
+
+def leading_vectors(column: Tensor, k: int) -> Tensor:
+    """The k leading right singular vectors [m, k] of a matrix [n, m], strongest first."""
+    _, vectors = torch.linalg.eigh(column.T @ column)
+    return vectors[:, -k:].flip(1)
+
+
 def _decompose(weight: Tensor, j: int, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """Factor block column j: C_j [k, m_in] and, for every row of W, D_j [out, k] with the own block's rows zero."""
-    own = slice(j * blocks.block_out, (j + 1) * blocks.block_out)
     column = weight[:, j * blocks.block_in : (j + 1) * blocks.block_in].to(torch.float64, copy=True)
-    column[own] = 0
-    eigenvalues, eigenvectors = torch.linalg.eigh(column.T @ column)
-    k = blocks.phantom_width
-    values = eigenvalues[-k:].flip(0).clamp(min=0).sqrt()
-    vectors = eigenvectors[:, -k:].flip(1)
-    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
-    alive = values > DEAD * values[0]
-    scale = values.where(alive, torch.ones_like(values)).sqrt()
-    random_rows = _random_compressor(blocks, blocks.generator(j)).to(column)
-    compressor = torch.where(alive[:, None], scale[:, None] * vectors.T, random_rows)
-    decompressor = (column @ vectors) / scale * alive
-    return compressor, decompressor
+    column[j * blocks.block_out : (j + 1) * blocks.block_out] = 0
+    vectors = leading_vectors(column, blocks.phantom_width)
+    return settle(vectors.T, column @ vectors, j, blocks)
+
+
+def without(columns: Tensor, i: int, k: int, count: int = 1) -> Tensor:
+    """Leave out `count` groups of k columns, from group i on."""
+    return torch.cat([columns[:, : i * k], columns[:, (i + count) * k :]], dim=1)
 
 
 def _block(weight: Tensor, i: int, j: int, blocks: Blocks) -> Tensor:

@@ -45,6 +45,7 @@ class PlannedLayer:
         in_features: its input width.
         out_features: its output width.
         bias: whether it has one.
+        transposed: whether its weight is kept as [in, out].
         decision: `"colwise"`, `"sharded"`, `"rowwise"`, `"phantom"` or, in a tensor-parallel plan, `"gathered"` (both
             replicated at both ends), or `"skip"` when it stays as it is.
         reason: why, in words.
@@ -57,6 +58,7 @@ class PlannedLayer:
     in_features: int
     out_features: int
     bias: bool
+    transposed: bool
     decision: str
     reason: str
     phantom_width: int | None
@@ -297,13 +299,13 @@ def _describe(
     if isinstance(linear, PhantomLinear):
         k = linear.phantom_width
         after = phantom_weights(*sizes, linear.num_blocks, k, bias)
-        return PlannedLayer(name, *sizes, bias, "skip", reason, k, before, after)
+        return PlannedLayer(name, *sizes, bias, is_conv1d(type(linear)), "skip", reason, k, before, after)
     decision = "skip" if layouts is None else _WORDS[layouts]
     if layouts is None or isinstance(config, TensorParallelConfig):
-        return PlannedLayer(name, *sizes, bias, decision, reason, None, before, before)
+        return PlannedLayer(name, *sizes, bias, is_conv1d(type(linear)), decision, reason, None, before, before)
     k = resolve_phantom_width(config.phantom_width, *sizes, config.num_blocks)
     after = phantom_weights(*sizes, config.num_blocks, k, bias)
-    return PlannedLayer(name, *sizes, bias, decision, reason, k, before, after)
+    return PlannedLayer(name, *sizes, bias, is_conv1d(type(linear)), decision, reason, k, before, after)
 
 
 def _indivisible(linear: nn.Module, config: Config) -> str | None:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import uuid
 import zipfile
 import zlib
@@ -58,13 +59,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a checkpoint whose checksums are right: `torch.load` does not look at those that `torch.save` wrote."""
-        if is_local(path) and zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                for record in archive.infolist():
-                    if record.CRC != 0:  # 0: torch was told to write none
-                        with archive.open(record) as file:
-                            while file.read(_CHUNK):
-                                pass
+        if is_local(path):
+            check_records(path)
         return super().load_checkpoint(path, *args, **kwargs)
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -76,6 +72,36 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if os.path.lexists(path):
             os.rename(path, _beside(path, f"{uuid.uuid4().hex}.removed"))
         _clear(path.parent, rf"\..*\.{_HEX}\.removed")
+
+
+def check_records(path: Any) -> None:
+    """Raise zipfile.BadZipFile if a file of `torch.save` is not what was written; other files are not looked at."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                if record.CRC != 0:  # 0: torch was told to write none
+                    with archive.open(record) as file:
+                        while file.read(_CHUNK):
+                            pass
+
+
+def on_disk(tensor: torch.Tensor, folder: Path) -> torch.Tensor:
+    """Copy a tensor into a file in `folder` that is gone when the tensor is, whatever ends the process.
+
+    The system can write its pages out when memory runs short.
+    """
+    size = tensor.numel() * tensor.element_size()
+    if not size:
+        return tensor
+    descriptor, name = tempfile.mkstemp(dir=folder)
+    try:
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, but kills the process that writes a page
+            os.posix_fallocate(descriptor, 0, size)
+        mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    finally:
+        os.close(descriptor)
+        os.unlink(name)
+    return mapped.view(tensor.shape).copy_(tensor)
 
 
 def is_local(path: Any) -> bool:

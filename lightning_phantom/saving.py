@@ -108,6 +108,12 @@ class CheckpointingStrategy(DDPStrategy):
             CheckpointError: the checkpoint was saved by another strategy, whose optimizer held the dense weights.
         """
         assert self.lightning_module is not None
+        if checkpoint.get("phantom", {}).get("converted"):
+            rank_zero_info(
+                "The checkpoint comes from a conversion and holds weights alone: training starts anew from them, at "
+                "epoch 0, with a new optimizer and new schedules."
+            )
+            return
         saved = checkpoint.get("phantom", {}).get("optimizers")
         if saved is None:
             raise CheckpointError(

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from lightning_phantom.chain import Chain
 from lightning_phantom.comm import Ranks
 from lightning_phantom.errors import LayoutError, PhantomError
-from lightning_phantom.linears import oriented
+from lightning_phantom.linears import is_conv1d, oriented
 
 LAYOUTS = ("replicated", "sharded")
 
@@ -124,7 +124,13 @@ class SplitLinear(nn.Linear):
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the layer that loads it."""
-        return {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None}
+        turned = {"transposed": True} if is_conv1d(self.dense_class) else {}
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            **turned,
+        }
 
     # What all have in common
 

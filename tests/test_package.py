@@ -16,9 +16,10 @@ from lightning_phantom.cli import main
 ROOT = Path(__file__).parent.parent
 # Each module imports only from those before it.
 ORDER = (
-    "errors launch rng files config cost comm convert linears chain split fused layers parallel_linear elementwise "
-    "tracing proof declared ffn swap mesh gradients prepare replicas checkpoint sharded saving running base strategy "
-    "tensor_parallel energy_report energy_meter energy_fit energy __init__ cli __main__"
+    "errors launch rng files config cost comm linears convert calibrate chain split fused layers parallel_linear "
+    "elementwise tracing proof declared ffn swap mesh gradients prepare replicas checkpoint sharded saving running "
+    "base strategy tensor_parallel conversion_report conversion calibration_run convert_cli energy_report "
+    "energy_meter energy_fit energy __init__ cli __main__"
 ).split()
 
 

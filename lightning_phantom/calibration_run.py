@@ -1,0 +1,94 @@
+"""Runs a module on batches of its own data, to see what its linears are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_phantom.calibrate import Moments, record_inputs
+from lightning_phantom.errors import PhantomError
+
+
+class CalibrationRun:
+    """Batches of a module's data to fit to and others held out, and the module that is run on them.
+
+    A batch goes through `validation_step`, or through `predict_step` if the module has none, in eval mode.
+
+    Args:
+        trainer: of one device; how the module is run.
+        module: the dense module, with its weights.
+        datamodule: its data: batches to fit to come from `train_dataloader`, held-out ones from `val_dataloader`, or
+            from the rest of the former if there is none.
+        num_batches: how many of each.
+
+    Raises:
+        PhantomError: there are no batches.
+    """
+
+    def __init__(
+        self, trainer: L.Trainer, module: L.LightningModule, datamodule: L.LightningDataModule, num_batches: int
+    ) -> None:
+        self.trainer, self.module = trainer, module
+        datamodule.trainer = trainer
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        if not is_overridden("train_dataloader", datamodule):
+            raise PhantomError(f"{type(datamodule).__name__} has no train_dataloader to take calibration batches from.")
+        training = iter(_first_loader(datamodule.train_dataloader()))
+        self.fit = list(islice(training, num_batches))
+        others = datamodule.val_dataloader() if is_overridden("val_dataloader", datamodule) else training
+        self.held_out = list(islice(_first_loader(others), num_batches))
+        if not self.fit or not self.held_out:
+            raise PhantomError(
+                f"{type(datamodule).__name__} gave {len(self.fit)} batches to calibrate with and {len(self.held_out)} "
+                f"held-out ones; at least one of each is needed."
+            )
+
+    def __call__(self, names: Sequence[str]) -> tuple[Mapping[str, Moments], Mapping[str, Moments]]:
+        """Return the moments of the inputs of the linears `names`: those to fit to, and the held-out ones.
+
+        Raises:
+            PhantomError: a linear was not called, or got inputs that are not finite.
+        """
+        return self._moments(self.fit, names), self._moments(self.held_out, names)
+
+    def _moments(self, batches: Sequence[Any], names: Sequence[str]) -> Mapping[str, Moments]:
+        run: Callable[..., Any] = partial(self.trainer.predict, return_predictions=False)
+        if is_overridden("validation_step", self.module):
+            run = partial(self.trainer.validate, verbose=False)
+        with record_inputs(self.module, names) as moments:
+            run(self.module, dataloaders=_Batches(batches))
+        for name, seen in moments.items():
+            if not seen.count:
+                raise PhantomError(
+                    f"{name!r} was not called with these batches, so it cannot be calibrated. Take more batches, skip "
+                    f"it in the plan, or leave --calibrate out."
+                )
+            if not bool(seen.total.isfinite().all()):
+                raise PhantomError(f"{name!r} got NaN or infinite inputs from the calibration batches.")
+        return moments
+
+
+class _Batches(Iterable[Any]):
+    """Batches as a dataloader; Lightning takes a list for several of them."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _first_loader(loaders: Any) -> Iterable[Any]:
+    """The first of several loaders."""
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    return loaders[0] if isinstance(loaders, (list, tuple)) else loaders
