@@ -453,10 +453,8 @@ def test_a_full_checkpoint_is_a_plain_one(two):
         plain = Seen.load_from_checkpoint(path, map_location="cpu")
         assert file["state_dict"].keys() == Seen().state_dict().keys()
         assert all(type(m) is nn.Linear for m in plain.net if hasattr(m, "weight"))
-        assert torch.equal(plain.net[0].weight.double(), file["state_dict"]["net.0.weight"].double())
+        assert all(torch.equal(p, file["state_dict"][name].float()) for name, p in plain.named_parameters())
         assert file["phantom"]["method"] == "tensor_parallel" and not file["phantom"]["factors"]
-        x = data(8).tensors[0]
-        assert plain(x).isfinite().all()
 
 
 def test_styles_and_methods_tell_their_checkpoints_apart(two, tmp_path):
