@@ -463,15 +463,18 @@ def test_styles_and_methods_tell_their_checkpoints_apart(two, tmp_path):
         fit(tmp_path, TensorParallelStrategy(style="layerwise"), ckpt_path=folder / "sharded-megatron.ckpt", devices=1)
     # A full one holds whole tensors, which any style can take.
     fit(tmp_path, TensorParallelStrategy(style="layerwise"), ckpt_path=folder / "full-megatron.ckpt", devices=1)
-    exact = PhantomStrategy(num_blocks=4, phantom_width=10**6, plan={"net.*": "phantom"})
+
+    def exact():
+        return PhantomStrategy(num_blocks=4, phantom_width=10**6, plan={"net.*": "phantom"})
+
     for strategy, theirs, ours in (
-        (TensorParallelStrategy(), "phantom-full", "tensor-parallel"),
+        (TensorParallelStrategy, "phantom-full", "tensor-parallel"),
         (exact, "full-megatron-plain", "phantom"),
     ):
         path = folder / f"{theirs}.ckpt"
         with pytest.raises(CheckpointError, match=f"holds no optimizer state for {ours} layers"):
-            fit(tmp_path, strategy, devices=1, ckpt_path=path)
-        (got,) = one(tmp_path, strategy=strategy, precision="64-true").validate(
+            fit(tmp_path, strategy(), devices=1, ckpt_path=path)
+        (got,) = one(tmp_path, strategy=strategy(), precision="64-true").validate(
             Seen(), loader(dtype=torch.float64), ckpt_path=path, verbose=False
         )
         plain = Seen()
@@ -483,7 +486,7 @@ def test_styles_and_methods_tell_their_checkpoints_apart(two, tmp_path):
     with pytest.raises(CheckpointError, match="saved by strategy='phantom' in shards"):
         fit(tmp_path, TensorParallelStrategy(), devices=1, ckpt_path=folder / "phantom-sharded.ckpt")
     with pytest.raises(CheckpointError, match="saved by strategy='tensor_parallel' in shards"):
-        fit(tmp_path, exact, devices=1, ckpt_path=folder / "sharded-megatron.ckpt")
+        fit(tmp_path, exact(), devices=1, ckpt_path=folder / "sharded-megatron.ckpt")
 
 
 class Student(Seen):
