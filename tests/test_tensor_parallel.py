@@ -556,3 +556,33 @@ def test_the_plan_prints_as_a_table():
     )
     named = plan_tensor_parallel(nn.Sequential(nn.Linear(8, 8)), TensorParallelConfig(2, {"0": "phantom"}))
     assert named.layers[0].decision == "gathered"
+
+
+def test_layers_on_the_meta_device_start_like_dense_ones(tmp_path):
+    class Late(Seen):
+        def __init__(self):
+            super().__init__()
+            self.net = None
+
+        def configure_model(self):
+            if self.net is None:
+                with torch.device("meta"):
+                    self.net = nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 16))
+
+    module = Late()
+    one(tmp_path, max_steps=0, use_distributed_sampler=False).fit(module)
+    assert list(split_layers(module)) == ["net.0", "net.2"]
+    plain = nn.Linear(16, 256)
+    assert module.net[0].weight.std().item() == pytest.approx(plain.weight.std().item(), rel=0.1)
+    assert 0 < module.net[2].bias.abs().max() <= 1 / 16
+
+
+def test_an_optimizer_may_leave_out_what_a_dense_one_may(tmp_path):
+    class NoBias(Seen):
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for n, p in self.named_parameters() if not n.endswith("bias")], lr=0.1)
+
+    module = NoBias()
+    before = module.net[0].bias.detach().clone()
+    one(tmp_path, max_steps=2, gradient_clip_val=1.0, use_distributed_sampler=False).fit(module)
+    assert torch.equal(module.net[0].bias, before)
