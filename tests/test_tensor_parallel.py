@@ -53,7 +53,22 @@ class TwoWriters(nn.Module):
         return self.g(torch.tanh(self.d(z)) * self.f(torch.tanh(self.e(z))))
 
 
+class MixedSiblings(nn.Module):
+    """Two layers that read one sharded value, of which Megatron's style cuts one by row and the other by column."""
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.q, self.e, self.f, self.g, self.k = (nn.Linear(16, 16) for _ in range(6))
+        self.r = nn.Linear(16, 8)
+
+    def forward(self, x):
+        q, h = self.q(x), torch.tanh(self.p(x))
+        e, f = self.e(h), self.f(h)
+        return self.r(torch.tanh(self.g(torch.tanh(e * q)) * self.k(torch.tanh(f))))
+
+
 MODULES = {
+    "mixed siblings": MixedSiblings,
     "pair": lambda: chain(16, 32, 8),
     "odd": lambda: chain(16, 32, 48, 24),
     "long": lambda: chain(8, 16, 24, 16, 40, bias=False),
