@@ -43,8 +43,8 @@ class Layer:
         needs_input_grad: whether its input needs a gradient; False at the first layer of a model fed with data.
         shares_input: whether it rides on the collectives of a sibling before it that reads the same value.
         phantom_width: k of this layer alone; None takes the one given to `estimate_cost`.
-        in_pairs: input and output layout in Megatron's pairs; None alternates along the chain, which is right where no
-            value inside it is written twice.
+        in_pairs: input and output layout in Megatron's pairs, and whether it rides on a sibling's collectives there;
+            None alternates along the chain, which is right where no value inside it is written twice.
     """
 
     in_features: int
@@ -55,7 +55,7 @@ class Layer:
     needs_input_grad: bool = True
     shares_input: bool = False
     phantom_width: int | None = None
-    in_pairs: tuple[str, str] | None = None
+    in_pairs: tuple[str, str, bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -239,19 +239,20 @@ def _layerwise(layer: Layer, group: _Group) -> Cost:
     return _exact(layer, group, layer.out_features // group.num_ranks, layer_bytes, boundary_bytes, calls)
 
 
-def _alternate(layer: Layer, row: bool) -> tuple[str, str]:
-    """A layer's layouts in pairs, when it is the second of one, or not."""
+def _alternate(layer: Layer, row: bool) -> tuple[str, str, bool]:
+    """A layer's layouts in pairs, when it is the second of one, or not, and whether it rides on a sibling."""
     if row:
-        return "sharded", "replicated"
-    return "replicated", layer.output_layout
+        return "sharded", "replicated", layer.shares_input
+    return "replicated", layer.output_layout, layer.shares_input
 
 
-def _megatron(layer: Layer, group: _Group, layouts: tuple[str, str]) -> Cost:
+def _megatron(layer: Layer, group: _Group, in_pairs: tuple[str, str, bool]) -> Cost:
     """A column-parallel layer all-reduces its input's gradient, a row-parallel one its output: two gathers' bytes."""
-    if layouts == ("sharded", "replicated"):
+    *layouts, rides = in_pairs
+    if layouts == ["sharded", "replicated"]:
         sent, calls = group.collectives(layer.out_features, 2)
         return _exact(layer, group, layer.out_features, sent, 0, calls // 2)
-    moves = 0 if layer.shares_input else 1 + layer.needs_input_grad
+    moves = 0 if rides else 1 + layer.needs_input_grad
     if layouts[0] == "sharded":  # two layers write into one value: this one gathers its input as layer-wise ones do
         sent, calls = group.collectives(layer.in_features, moves)
     else:
