@@ -19,8 +19,8 @@ ROOT = Path(__file__).parent.parent
 # Each module imports only from those before it.
 ORDER = (
     "errors launch rng files config cost comm convert chain fused layers proof ffn swap mesh gradients prepare "
-    "replicas checkpoint sharded saving strategy energy_report energy_meter energy_fit energy __init__ cli "
-    "__main__"
+    "replicas checkpoint sharded saving strategy energy_report energy_meter energy_fit energy __init__ "
+    "predict measure recipe scale plan_command cli __main__"
 ).split()
 
 

@@ -1,0 +1,203 @@
+"""Predicts how long the feed-forward part of a step takes: the matrix products one by one, then what is sent.
+
+A product takes `flops / flops_per_s + bytes / memory_bytes_per_s` and a fixed time to start, where bytes counts its
+operands and its result once; a copy takes the same without FLOPs. A collective takes `sent_bytes / link_bytes_per_s +
+latency_s`. A phantom layer's runs while the products with its diagonal blocks do, and only the excess is waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lightning_phantom.config import resolve_phantom_width
+from lightning_phantom.cost import ELEMENT_BYTES, Layer, estimate_cost
+
+METHODS = ("dense", "tensor_parallel", "tensor_parallel_layerwise", "phantom")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one rank can do while the others are as busy.
+
+    Attributes:
+        flops_per_s: rate of large matrix products.
+        memory_bytes_per_s: rate at which operands and results are read and written.
+        op_s: time to start one operation, backward's bookkeeping included.
+        link_bytes_per_s: rate at which one rank sends in a collective.
+        latency_s: time of a collective that sends next to nothing.
+    """
+
+    flops_per_s: float
+    memory_bytes_per_s: float
+    op_s: float
+    link_bytes_per_s: float
+    latency_s: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of one rank.
+
+    Attributes:
+        flops: floating-point operations.
+        elements: elements read and written.
+        ops: operations started.
+    """
+
+    flops: int = 0
+    elements: int = 0
+    ops: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.elements + other.elements, self.ops + other.ops)
+
+    def seconds(self, machine: Machine, element_bytes: int) -> float:
+        """Time on `machine`."""
+        moved = self.elements * element_bytes / machine.memory_bytes_per_s
+        return self.flops / machine.flops_per_s + moved + self.ops * machine.op_s
+
+
+def product(batch: int, rows: int, inner: int, columns: int) -> Work:
+    """`batch` products of a [rows, inner] by an [inner, columns] matrix."""
+    elements = rows * inner + inner * columns + rows * columns
+    return Work(2 * batch * rows * inner * columns, batch * elements, 1)
+
+
+def copy(elements: int) -> Work:
+    """Read and write so many elements."""
+    return Work(0, 2 * elements, 1)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of a rank's step in which one collective may run beside some of the work.
+
+    Attributes:
+        work: all of it.
+        hidden_behind: the part during which the collective runs.
+        sent_bytes: bytes that this rank sends.
+        calls: collectives issued.
+    """
+
+    work: Work
+    hidden_behind: Work = Work()
+    sent_bytes: int = 0
+    calls: int = 0
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A predicted step of the feed-forward part, in seconds.
+
+    Attributes:
+        compute_s: products and copies.
+        communication_s: the collectives, were nothing computed beside them.
+        waited_s: what of it is not hidden behind products.
+    """
+
+    compute_s: float
+    communication_s: float
+    waited_s: float
+
+    @property
+    def seconds(self) -> float:
+        """The whole."""
+        return self.compute_s + self.waited_s
+
+
+def predict(
+    layers: Sequence[Layer],
+    num_blocks: int,
+    phantom_width: int | float,
+    num_ranks: int,
+    tokens: int,
+    machine: Machine,
+    dtype: str = "float32",
+) -> dict[str, StepTime]:
+    """Predict the step (forward and backward, no optimizer) of these layers, by method (`METHODS`).
+
+    The arguments are `estimate_cost`'s; `layers` come from `Plan.cost_layers`. Dense is one rank that does all of it.
+    """
+    size = ELEMENT_BYTES[dtype]
+    stages: dict[str, list[Stage]] = {method: [] for method in METHODS}
+    for layer in layers:
+        width = phantom_width if layer.phantom_width is None else layer.phantom_width
+        k = resolve_phantom_width(width, layer.in_features, layer.out_features, num_blocks)
+        stages["phantom"] += phantom_stages(layer, num_blocks, k, num_ranks, tokens, size)
+        stages["dense"].append(Stage(exact_work(layer, tokens, layer.in_features, layer.out_features)))
+    for method, work in exact_by_style(layers, num_ranks, tokens).items():
+        cost = getattr(estimate_cost(layers, num_blocks, phantom_width, num_ranks, tokens, dtype), method)
+        stages[method].append(Stage(work, Work(), cost.sent_bytes, cost.calls))
+    return {method: step_time(stages[method], machine, size) for method in METHODS}
+
+
+def step_time(stages: Iterable[Stage], machine: Machine, element_bytes: int) -> StepTime:
+    """Add up the stages."""
+    compute = communication = waited = 0.0
+    for stage in stages:
+        takes = stage.sent_bytes / machine.link_bytes_per_s + stage.calls * machine.latency_s
+        hidden = stage.hidden_behind.seconds(machine, element_bytes)
+        compute += stage.work.seconds(machine, element_bytes)
+        communication += takes
+        waited += max(0.0, takes - hidden)
+    return StepTime(compute, communication, waited)
+
+
+def exact_work(layer: Layer, tokens: int, in_here: int, out_here: int) -> Work:
+    """Forward and backward of a dense [out_here, in_here] weight."""
+    forward = product(1, tokens, in_here, out_here)
+    weight_grad = product(1, out_here, tokens, in_here)
+    input_grad = product(1, tokens, out_here, in_here) if layer.needs_input_grad else Work()
+    return forward + weight_grad + input_grad + copy(tokens * out_here)
+
+
+def exact_by_style(layers: Sequence[Layer], num_ranks: int, tokens: int) -> dict[str, Work]:
+    """The work of tensor parallelism in Megatron's pairs and layer-wise; they differ in what a rank's products see."""
+    megatron = layerwise = Work()
+    row = False
+    for layer in layers:
+        if not layer.shares_input:
+            row = layer.input_layout == "sharded" and not row
+        in_here, out_here = layer.in_features, layer.out_features // num_ranks
+        layerwise += exact_work(layer, tokens, in_here, out_here)
+        if row:
+            in_here, out_here = layer.in_features // num_ranks, layer.out_features
+        megatron += exact_work(layer, tokens, in_here, out_here)
+        if num_ranks > 1:  # an activation is laid out anew where it is gathered, a sum made where it is reduced
+            layerwise += copy(tokens * layer.in_features) + copy(tokens * layer.in_features)
+            megatron += copy(tokens * (layer.out_features if row else layer.in_features))
+    return {"tensor_parallel": megatron, "tensor_parallel_layerwise": layerwise}
+
+
+def phantom_stages(
+    layer: Layer, num_blocks: int, k: int, num_ranks: int, tokens: int, element_bytes: int
+) -> list[Stage]:
+    """Forward and backward of a phantom layer, in the words of `layers.py`."""
+    p, q = num_blocks, num_blocks // num_ranks
+    m_in, m_out, others = layer.in_features // p, layer.out_features // p, (p - 1) * k
+
+    def ring(width: int) -> int:
+        return (num_ranks - 1) * width * tokens * element_bytes // num_ranks
+
+    several = num_ranks > 1
+    own, both = not layer.shares_input, several and not layer.shares_input
+    local = product(q, tokens, m_in, m_out)  # L x
+    forward = product(q, tokens, m_in, k) + local + product(q, tokens, others, m_out)
+    forward += copy(tokens * p * k) + copy(q * tokens * others) + copy(tokens * q * m_out)
+    latents = product(q, tokens, m_out, others) + copy(q * tokens * others) + copy(tokens * p * k)  # h
+    factors = product(q, m_out, tokens, m_in) + product(q, m_out, tokens, others)  # dL and dD
+    if layer.needs_input_grad:
+        factors += product(q, tokens, m_out, m_in)  # L^T d
+    rest = product(q, k, tokens, m_in) + copy(tokens * q * m_out)  # dC and db
+    if layer.needs_input_grad:
+        rest += product(q, tokens, k, m_in)  # C^T h
+    stages = [
+        Stage(forward, local, ring(p * k) * own, int(both)),
+        Stage(latents + factors + rest, factors, ring(p * k) * own, int(both)),
+    ]
+    if layer.output_layout == "replicated" and several:
+        stages.append(Stage(copy(tokens * layer.out_features), Work(), ring(layer.out_features), 1))
+    if layer.input_layout == "replicated" and several and own and layer.needs_input_grad:
+        stages.append(Stage(copy(tokens * layer.in_features), Work(), ring(layer.in_features), 1))
+    return stages
