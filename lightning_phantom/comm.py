@@ -14,6 +14,7 @@ open (`record_traffic`): bytes are those that one rank sends in a ring, `(R - 1)
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,10 +31,18 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 
 @dataclass
 class Traffic:
-    """What one rank sent: `calls` and `sent_bytes` by kind of collective (`"all_gather"`, `"reduce_scatter"`)."""
+    """What one rank sent, by kind of collective (`"all_gather"`, `"reduce_scatter"`), and how long it waited for them.
+
+    Attributes:
+        calls: collectives issued.
+        sent_bytes: bytes sent.
+        waited_s: seconds in which the process did nothing but wait for a collective to end. Where collectives run on
+            a device of their own (NCCL) the process does not wait, and this stays near zero.
+    """
 
     calls: dict[str, int] = field(default_factory=dict)
     sent_bytes: dict[str, int] = field(default_factory=dict)
+    waited_s: float = 0.0
 
     @property
     def total_bytes(self) -> int:
@@ -63,6 +72,15 @@ def record_traffic() -> Iterator[Traffic]:
         yield traffic
     finally:
         _recorders[:] = [r for r in _recorders if r is not traffic]
+
+
+def _wait(work: dist.Work) -> None:
+    """Wait for a collective to end, and note for how long."""
+    start = time.perf_counter()
+    work.wait()
+    waited = time.perf_counter() - start
+    for traffic in _recorders:
+        traffic.waited_s += waited
 
 
 class Ranks:
@@ -107,7 +125,7 @@ class Ranks:
         self._count("all_gather", shard)
 
         def wait() -> Tensor:
-            work.wait()
+            _wait(work)
             return gathered
 
         return wait
@@ -126,14 +144,14 @@ class Ranks:
             )
 
             def wait() -> Tensor:
-                work.wait()
+                _wait(work)
                 return received.sum(0)
         else:
             reduced = torch.empty_like(parts[0])
             work = _reduce_scatter_single(reduced, parts.flatten(0, 1), group=self.process_group, async_op=True)
 
             def wait() -> Tensor:
-                work.wait()
+                _wait(work)
                 return reduced
 
         return wait

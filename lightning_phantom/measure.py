@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing import spawn as mp
+from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
 
 from lightning_phantom.comm import Ranks
 from lightning_phantom.cost import ELEMENT_BYTES, Layer
@@ -48,7 +48,7 @@ def measure_here(num_ranks: int, dtype: str = "float32", timeout_s: float = 120.
     with tempfile.TemporaryDirectory() as folder:
         queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
         arguments = (processes, f"file://{folder}/store", dtype, queue)
-        started = mp.start_processes(_measure_rank, arguments, processes, join=False, start_method="spawn")
+        started = start_processes(_measure_rank, arguments, processes, join=False, start_method="spawn")
         assert started is not None
         deadline = time.monotonic() + timeout_s
         try:
@@ -58,7 +58,7 @@ def measure_here(num_ranks: int, dtype: str = "float32", timeout_s: float = 120.
                         f"measuring this machine took more than {timeout_s:.0f} s; give --flops, "
                         f"--bandwidth and --latency instead."
                     )
-        except mp.ProcessRaisedException as error:
+        except ProcessRaisedException as error:
             raise PhantomError(f"measuring this machine failed: {error}") from error
         finally:
             for process in started.processes:

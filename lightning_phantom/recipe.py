@@ -63,6 +63,12 @@ class Recipe(LightningCLI):
         strategy = self.config.trainer.strategy
         return strategy.init_args.get(name) if isinstance(strategy, Namespace) and "init_args" in strategy else None
 
+    @property
+    def seed(self) -> int:
+        """What `seed_everything` asks for; 0 where it asks for nothing, or for a seed of any kind."""
+        seed = self.config.get("seed_everything")
+        return seed if isinstance(seed, int) and not isinstance(seed, bool) else 0
+
     def config_ranks(self) -> int | None:
         """How many ranks the config's Trainer starts; None where it is left to the machine."""
         devices, nodes = self.config.trainer.devices, self.config.trainer.num_nodes
