@@ -1,6 +1,6 @@
 """Phantom parallelism for PyTorch Lightning: `import lightning_phantom`, then `Trainer(strategy="phantom")`.
 
-Importing the package registers the strategy. It imports no codecarbon and touches no device.
+Importing the package registers `"phantom"` and `"tensor_parallel"`. It imports no codecarbon and touches no device.
 """
 
 from lightning.pytorch.strategies import StrategyRegistry
@@ -12,6 +12,7 @@ from lightning_phantom.ffn import plan_phantom
 from lightning_phantom.layers import PhantomLinear
 from lightning_phantom.strategy import PhantomStrategy
 from lightning_phantom.swap import densify, phantomize_
+from lightning_phantom.tensor_parallel import TensorParallelStrategy
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ __all__ = [
     "PhantomConfig",
     "PhantomLinear",
     "PhantomStrategy",
+    "TensorParallelStrategy",
     "densify",
     "estimate_cost",
     "phantomize_",
@@ -27,3 +29,4 @@ __all__ = [
 ]
 
 PhantomStrategy.register_strategies(StrategyRegistry)
+TensorParallelStrategy.register_strategies(StrategyRegistry)

@@ -9,7 +9,8 @@ layout), or each all of them (*replicated*). Activations are matrices `[tokens, 
 | `Ranks.all_gather` / `Ranks.reduce_scatter` | each the other's adjoint, for use inside an autograd function |
 
 Nothing is communicated by a group of one. Every collective reports its calls and bytes to the recorders that are
-open (`record_traffic`): bytes are those that one rank sends in a ring, `(R - 1) / R` of the full tensor.
+open (`record_traffic`): bytes are those that one rank sends in a ring, `(R - 1) / R` of the full tensor, or twice that
+for the sum that every rank gets whole (`Ranks.sum`).
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 
 @dataclass
 class Traffic:
-    """What one rank sent, by kind of collective (`"all_gather"`, `"reduce_scatter"`), and how long it waited for them.
+    """What one rank sent, and how long it waited for what others sent.
 
     Attributes:
-        calls: collectives issued.
-        sent_bytes: bytes sent.
+        calls: collectives issued, by kind (`"all_gather"`, `"reduce_scatter"`, `"all_reduce"`).
+        sent_bytes: bytes sent, by kind.
         waited_s: seconds in which the process did nothing but wait for a collective to end. Where collectives run on
             a device of their own (NCCL) the process does not wait, and this stays near zero.
     """
@@ -122,7 +123,7 @@ class Ranks:
         shard = shard.contiguous()
         gathered = shard.new_empty((self.size, *shard.shape))
         work = _all_gather_single(gathered.flatten(0, 1), shard, group=self.process_group, async_op=True)
-        self._count("all_gather", shard)
+        self._count("all_gather", gathered)
 
         def wait() -> Tensor:
             _wait(work)
@@ -135,7 +136,7 @@ class Ranks:
         if self.size == 1:
             return lambda: parts[0]
         parts = parts.contiguous()
-        self._count("reduce_scatter", parts[0])
+        self._count("reduce_scatter", parts)
         if dist.get_backend(self.process_group) == "gloo":
             # gloo's reduce-scatter costs as much as its all-reduce; an exchange and a local sum do not.
             received = torch.empty_like(parts)
@@ -156,6 +157,20 @@ class Ranks:
 
         return wait
 
+    def sum(self, x: Tensor) -> Callable[[], Tensor]:
+        """Start summing `x` [*] over the ranks, into its own memory; the returned function waits for it."""
+        if self.size == 1:
+            return lambda: x
+        self._count("all_reduce", x, passes=2)
+        # gloo's own is as fast as an exchange, a local sum and a gather, or faster; and it runs by itself to the end.
+        work = dist.all_reduce(x, group=self.process_group, async_op=True)
+
+        def wait() -> Tensor:
+            _wait(work)
+            return x
+
+        return wait
+
     def all_to_all(self, parts: Tensor) -> Tensor:
         """Send `parts[s]` to rank s; give [R, *], what each rank sent here. Not counted: weights, not activations."""
         if self.size == 1:
@@ -173,18 +188,20 @@ class Ranks:
             dist.all_reduce(value, reduce_op, group=self.process_group)
         return value
 
-    def gather_to_first(self, shard: Tensor) -> Tensor | None:
-        """Stack the shards along dim 0 on the group's first rank; None on the others. Not counted: weights."""
+    def gather_to_first(self, shard: Tensor) -> list[Tensor] | None:
+        """Give the shards of all ranks to the group's first, None to the others. Not counted: weights."""
         if self.size == 1:
-            return shard
+            return [shard]
         shard = shard.contiguous()
         parts = [torch.empty_like(shard) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(shard, parts, dist.get_global_rank(self.group, 0), group=self.process_group)
-        return None if parts is None else torch.cat(parts)
+        return parts
 
-    def _count(self, kind: str, shard: Tensor) -> None:
+    def _count(self, kind: str, total: Tensor, passes: int = 1) -> None:
+        """Count a collective that goes once, or twice, around the ring with `total`, of all ranks together."""
+        sent = passes * (self.size - 1) * total.numel() * total.element_size() // self.size
         for traffic in _recorders:
-            traffic.add(kind, (self.size - 1) * shard.numel() * shard.element_size())
+            traffic.add(kind, sent)
 
 
 def broadcast(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -9,6 +9,7 @@ from lightning_phantom.errors import PhantomError
 
 PLAN_WORDS = ("phantom", "colwise", "rowwise", "sharded", "skip")
 INITS = ("auto", "from_dense", "random", "block_diagonal")
+STYLES = ("megatron", "layerwise")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,34 @@ class PhantomConfig:
             raise PhantomError(f"init={self.init!r}: choose one of {', '.join(map(repr, INITS))}.")
         if not is_int(self.seed) or not 0 <= self.seed < 2**64:
             raise PhantomError(f"seed={self.seed!r}: needs an int in [0, 2**64).")
+
+
+@dataclass(frozen=True)
+class TensorParallelConfig:
+    """How a module is to be put into tensor-parallel layout, which computes what it did before.
+
+    Args:
+        num_ranks: R, between which every swapped layer is split.
+        plan: as in `PhantomConfig`; `"phantom"` asks for the best proven layout here, too.
+        style: `"megatron"`, pairs of a column- and a row-parallel layer with one all-reduce each way, or
+            `"layerwise"`, column-parallel layers that gather their input and scatter the sum of its gradient.
+        seed: seeds the weights of layers on the meta device, together with the layer's name.
+
+    Raises:
+        PhantomError: an argument has the wrong type or an impossible value.
+    """
+
+    num_ranks: int
+    plan: Mapping[str, str] | None = None
+    style: str = "megatron"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not is_int(self.num_ranks) or self.num_ranks < 1:
+            raise PhantomError(f"num_ranks={self.num_ranks!r}: needs an int of at least 1.")
+        check_plan_words(self.plan)
+        if self.style not in STYLES:
+            raise PhantomError(f"style={self.style!r}: choose one of {', '.join(map(repr, STYLES))}.")
 
 
 def resolve_phantom_width(phantom_width: int | float, in_features: int, out_features: int, num_blocks: int) -> int:

@@ -13,9 +13,9 @@ q = p/R blocks each, b tokens and s bytes an element:
 | chain entry, backward, if the input needs a gradient | (R-1)/R b in s | the same |
 
 The table's tensor parallelism is the layer-wise one: an all-gather of the input forward (none at a chain's entry, where
-every rank has it already) and a reduce-scatter of its gradient backward. Megatron's pairs of a column- and a
-row-parallel layer spend one all-reduce per pair each way instead, and a last gather when the number of layers is odd.
-Both are counted.
+every rank has it already) and a reduce-scatter of its gradient backward (at the entry, together with the gathering of
+the sum, an all-reduce: one call). Megatron's pairs of a column- and a row-parallel layer spend one all-reduce per pair
+each way instead, and a last gather when the number of layers is odd. Both are counted.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class Layer:
         needs_input_grad: whether its input needs a gradient; False at the first layer of a model fed with data.
         shares_input: whether it rides on the collectives of a sibling before it that reads the same value.
         phantom_width: k of this layer alone; None takes the one given to `estimate_cost`.
+        in_pairs: input and output layout in Megatron's pairs; None alternates along the chain, which is right where no
+            value inside it is written twice.
     """
 
     in_features: int
@@ -53,6 +55,7 @@ class Layer:
     needs_input_grad: bool = True
     shares_input: bool = False
     phantom_width: int | None = None
+    in_pairs: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def estimate_cost(
             row = layer.input_layout == "sharded" and not row
         group = _Group(num_ranks, tokens, element_bytes)
         phantom += _phantom(layer, group, num_blocks, k)
-        megatron += _megatron(layer, group, row)
+        megatron += _megatron(layer, group, layer.in_pairs or _alternate(layer, row))
         layerwise += _layerwise(layer, group)
     return CostEstimate(phantom, megatron, layerwise)
 
@@ -221,24 +224,36 @@ def _gathers_gradient(layer: Layer) -> bool:
 
 
 def _layerwise(layer: Layer, group: _Group) -> Cost:
+    """An all-gather and a reduce-scatter; where every rank has the input, one all-reduce, half of it the entry's."""
     sharded = layer.input_layout == "sharded"
     moves = 0 if layer.shares_input else sharded + layer.needs_input_grad
     layer_bytes, layer_calls = group.collectives(layer.in_features, moves)
-    enter_bytes, enter_calls = group.collectives(layer.in_features, _gathers_gradient(layer))
+    enter_bytes, _ = group.collectives(layer.in_features, _gathers_gradient(layer))
     leave_bytes, leave_calls = group.collectives(layer.out_features, layer.output_layout == "replicated")
-    calls = layer_calls + enter_calls + leave_calls
-    return _exact(layer, group, layer.out_features // group.num_ranks, layer_bytes, enter_bytes + leave_bytes, calls)
+    boundary_bytes, calls = enter_bytes + leave_bytes, layer_calls + leave_calls
+    return _exact(layer, group, layer.out_features // group.num_ranks, layer_bytes, boundary_bytes, calls)
 
 
-def _megatron(layer: Layer, group: _Group, row: bool) -> Cost:
-    """A column-parallel layer all-reduces its input's gradient, a row-parallel one its output: two gathers' bytes."""
+def _alternate(layer: Layer, row: bool) -> tuple[str, str]:
+    """A layer's layouts in pairs, when it is the second of one, or not."""
     if row:
+        return "sharded", "replicated"
+    return "replicated", layer.output_layout
+
+
+def _megatron(layer: Layer, group: _Group, layouts: tuple[str, str]) -> Cost:
+    """A column-parallel layer all-reduces its input's gradient, a row-parallel one its output: two gathers' bytes."""
+    if layouts == ("sharded", "replicated"):
         sent, calls = group.collectives(layer.out_features, 2)
         return _exact(layer, group, layer.out_features, sent, 0, calls // 2)
-    summed = layer.needs_input_grad and not layer.shares_input
-    sent, calls = group.collectives(layer.in_features, 2 * summed)
-    leave_bytes, leave_calls = group.collectives(layer.out_features, layer.output_layout == "replicated")
-    return _exact(layer, group, layer.out_features // group.num_ranks, sent, leave_bytes, calls // 2 + leave_calls)
+    moves = 0 if layer.shares_input else 1 + layer.needs_input_grad
+    if layouts[0] == "sharded":  # two layers write into one value: this one gathers its input as layer-wise ones do
+        sent, calls = group.collectives(layer.in_features, moves)
+    else:
+        sent, calls = group.collectives(layer.in_features, 2 * (moves // 2))
+        calls //= 2
+    leave_bytes, leave_calls = group.collectives(layer.out_features, layouts[1] == "replicated")
+    return _exact(layer, group, layer.out_features // group.num_ranks, sent, leave_bytes, calls + leave_calls)
 
 
 def _exact(layer: Layer, group: _Group, bias: int, layer_bytes: int, boundary_bytes: int, calls: int) -> Cost:

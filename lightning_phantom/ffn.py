@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_phantom.chain import runs_own_forward
-from lightning_phantom.config import PhantomConfig, resolve_phantom_width
+from lightning_phantom.config import PhantomConfig, TensorParallelConfig, resolve_phantom_width
 from lightning_phantom.cost import Layer, phantom_weights
 from lightning_phantom.errors import PlanError
 from lightning_phantom.layers import PhantomLinear
 from lightning_phantom.proof import ProvenChain, Traces, has_forward_hooks
+from lightning_phantom.split import SplitLinear
 
 # Modules that read the weights of their linears themselves, in fused kernels.
 _READS_WEIGHTS = (nn.MultiheadAttention,)
@@ -27,6 +28,8 @@ _WORDS = {
     ("sharded", "sharded"): "sharded",
     ("replicated", "replicated"): "phantom",
 }
+_EXACT_WORDS = {**_WORDS, ("replicated", "replicated"): "gathered"}
+Config = PhantomConfig | TensorParallelConfig
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class PlannedLayer:
         in_features: its input width.
         out_features: its output width.
         bias: whether it has one.
-        decision: `"colwise"`, `"sharded"`, `"rowwise"`, `"phantom"`, or `"skip"` when it stays as it is.
+        decision: `"colwise"`, `"sharded"`, `"rowwise"`, `"phantom"` or, in a tensor-parallel plan, `"gathered"` (both
+            replicated at both ends), or `"skip"` when it stays as it is.
         reason: why, in words.
         phantom_width: k, resolved for this layer; None when it stays dense.
         weights_before: parameters of the dense layer.
@@ -57,18 +61,19 @@ class PlannedLayer:
 
     @property
     def swapped(self) -> bool:
-        """Whether the layer becomes a phantom layer."""
+        """Whether the layer is replaced."""
         return self.decision != "skip"
 
     @property
     def layouts(self) -> tuple[str, str]:
         """Input and output layout of a swapped layer."""
-        return next(layouts for layouts, word in _WORDS.items() if word == self.decision)
+        words = (*_WORDS.items(), *_EXACT_WORDS.items())
+        return next(layouts for layouts, word in words if word == self.decision)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `phantomize_` would do to a module; `print(plan)` shows it as a table.
+    """What `phantomize_`, or a strategy, would do to a module; `print(plan)` shows it as a table.
 
     Attributes:
         config: the request it answers.
@@ -76,38 +81,49 @@ class Plan:
         chains: the proven chains among the swapped ones.
     """
 
-    config: PhantomConfig
+    config: Config
     layers: tuple[PlannedLayer, ...]
     chains: tuple[ProvenChain, ...]
 
     @property
     def swapped(self) -> tuple[PlannedLayer, ...]:
-        """The layers that become phantom layers."""
+        """The layers that are replaced."""
         return tuple(layer for layer in self.layers if layer.swapped)
+
+    def replicated(self, chain: ProvenChain) -> frozenset[int]:
+        """The values inside a chain that every rank holds whole: none, but in Megatron's pairs."""
+        megatron = isinstance(self.config, TensorParallelConfig) and self.config.style == "megatron"
+        return chain.between_pairs() if megatron else frozenset()
 
     def cost_layers(self) -> list[Layer]:
         """The swapped layers as `estimate_cost` takes them: chain by chain in forward order, then the lone ones."""
         by_name = {layer.name: layer for layer in self.swapped}
         riders = {name for chain in self.chains for group in chain.siblings for name in group[1:]}
-        in_chains = [name for chain in self.chains for name in chain.members]
+        layouts = {name: both for chain in self.chains for name, both in chain.layouts().items()}
+        pairs = {name: both for chain in self.chains for name, both in chain.layouts(chain.between_pairs()).items()}
+        lone = ("replicated", "replicated")
         return [
             Layer(
                 by_name[name].in_features,
                 by_name[name].out_features,
                 by_name[name].bias,
-                *by_name[name].layouts,
+                *layouts.get(name, lone),
                 shares_input=name in riders,
                 phantom_width=by_name[name].phantom_width,
+                in_pairs=pairs.get(name, lone),
             )
-            for name in dict.fromkeys([*in_chains, *by_name])
+            for name in dict.fromkeys([*layouts, *by_name])
         ]
 
     def __rich__(self) -> Any:
         """Render the plan as a rich table."""
         from rich.table import Table
 
-        p = self.config.num_blocks
-        title = f"Phantom plan: {len(self.swapped)} of {len(self.layers)} linears, num_blocks={p}"
+        linears = f"{len(self.swapped)} of {len(self.layers)} linears"
+        if isinstance(self.config, TensorParallelConfig):
+            title = f"Tensor-parallel plan: {linears}, num_ranks={self.config.num_ranks}, style={self.config.style}"
+        else:
+            title = f"Phantom plan: {linears}, num_blocks={self.config.num_blocks}"
         table = Table(title=title, title_justify="left")
         for column in ("linear", "in", "out", "decision", "k", "weights before", "after"):
             table.add_column(column, justify="left" if column in ("linear", "decision") else "right", no_wrap=True)
@@ -148,8 +164,29 @@ def plan_phantom(module: nn.Module, config: PhantomConfig) -> Plan:
     Raises:
         PlanError: the user's plan names what is not there or cannot be swapped, or a layout that is not proven.
     """
+    return _make_plan(module, config)
+
+
+def plan_tensor_parallel(module: nn.Module, config: TensorParallelConfig) -> Plan:
+    """List every linear of `module`, and what tensor parallelism does to it: `plan_phantom` for the exact layers.
+
+    The linears are found alike. What phantom would not make smaller is swapped, too.
+
+    Raises:
+        PlanError: the user's plan names what is not there or cannot be swapped, or a layout that is not proven.
+    """
+    plan = _make_plan(module, config)
+    styled = {name: both for c in plan.chains for name, both in c.layouts(plan.replicated(c)).items()}
+    layers = [
+        replace(layer, decision=_EXACT_WORDS[styled.get(layer.name, layer.layouts)]) if layer.swapped else layer
+        for layer in plan.layers
+    ]
+    return replace(plan, layers=tuple(layers))
+
+
+def _make_plan(module: nn.Module, config: Config) -> Plan:
     linears = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
-    new = {name: m for name, m in linears.items() if not isinstance(m, PhantomLinear)}
+    new = {name: m for name, m in linears.items() if not isinstance(m, SplitLinear)}
     words = _resolve_words(config.plan, linears, module)
     traces = Traces(module)
     unfit = _unfit(module, new, traces)
@@ -167,8 +204,7 @@ def plan_phantom(module: nn.Module, config: PhantomConfig) -> Plan:
     chains, unproven = traces.chains(available)
     layouts = {name: ("replicated", "replicated") for name in available if config.plan is not None}
     for chain in chains:
-        outputs = dict(chain.outputs)
-        layouts.update({name: (layout, outputs[name]) for name, layout in chain.inputs})
+        layouts.update(chain.layouts())
     owners = {name: chain.owner for chain in chains for name in chain.members}
 
     def why_in_no_chain(name: str) -> str:
@@ -179,8 +215,9 @@ def plan_phantom(module: nn.Module, config: PhantomConfig) -> Plan:
 
     layers = []
     for name, linear in linears.items():
-        if isinstance(linear, PhantomLinear):
-            layers.append(_describe(name, linear, config, None, "is a phantom layer already"))
+        if isinstance(linear, SplitLinear):
+            kind = "phantom" if isinstance(linear, PhantomLinear) else "tensor-parallel"
+            layers.append(_describe(name, linear, config, None, f"is a {kind} layer already"))
         elif name in layouts:
             owner = owners.get(name)
             reason = f"chain in {owner or 'the root module'}" if owner is not None else "named in the plan"
@@ -225,7 +262,7 @@ def _check_layouts(words: Mapping[str, str], layouts: Mapping[str, tuple[str, st
 
 
 def _describe(
-    name: str, linear: nn.Linear, config: PhantomConfig, layouts: tuple[str, str] | None, reason: str
+    name: str, linear: nn.Linear, config: Config, layouts: tuple[str, str] | None, reason: str
 ) -> PlannedLayer:
     sizes = (linear.in_features, linear.out_features)
     bias = linear.bias is not None
@@ -234,21 +271,27 @@ def _describe(
         k = linear.phantom_width
         after = phantom_weights(*sizes, linear.num_blocks, k, bias)
         return PlannedLayer(name, *sizes, bias, "skip", reason, k, before, after)
-    if layouts is None:
-        return PlannedLayer(name, *sizes, bias, "skip", reason, None, before, before)
+    decision = "skip" if layouts is None else _WORDS[layouts]
+    if layouts is None or isinstance(config, TensorParallelConfig):
+        return PlannedLayer(name, *sizes, bias, decision, reason, None, before, before)
     k = resolve_phantom_width(config.phantom_width, *sizes, config.num_blocks)
     after = phantom_weights(*sizes, config.num_blocks, k, bias)
-    return PlannedLayer(name, *sizes, bias, _WORDS[layouts], reason, k, before, after)
+    return PlannedLayer(name, *sizes, bias, decision, reason, k, before, after)
 
 
-def _indivisible(linear: nn.Linear, config: PhantomConfig) -> str | None:
-    p, sizes = config.num_blocks, (linear.in_features, linear.out_features)
-    if any(size % p or not size for size in sizes):
-        return f"{linear.in_features} -> {linear.out_features} features do not divide into num_blocks={p}"
+def _indivisible(linear: nn.Linear, config: Config) -> str | None:
+    if isinstance(config, TensorParallelConfig):
+        parts, into = config.num_ranks, f"between {config.num_ranks} ranks"
+    else:
+        parts, into = config.num_blocks, f"into num_blocks={config.num_blocks}"
+    if any(size % parts or not size for size in (linear.in_features, linear.out_features)):
+        return f"{linear.in_features} -> {linear.out_features} features do not divide {into}"
     return None
 
 
-def _no_gain(linear: nn.Linear, config: PhantomConfig) -> str | None:
+def _no_gain(linear: nn.Linear, config: Config) -> str | None:
+    if isinstance(config, TensorParallelConfig):
+        return None
     sizes = (linear.in_features, linear.out_features)
     k = resolve_phantom_width(config.phantom_width, *sizes, config.num_blocks)
     if phantom_weights(*sizes, config.num_blocks, k, False) < linear.in_features * linear.out_features:

@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 
 from lightning_phantom.comm import Ranks
 from lightning_phantom.errors import PhantomError
-from lightning_phantom.layers import phantom_layers
+from lightning_phantom.split import Split, split_layers
 
 
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: Iterable[Tensor], max_norm: float, sharded: dict[int, Ranks], norm_type: float = 2.0
+    parameters: Iterable[Tensor], max_norm: float, sharded: dict[int, Split], norm_type: float = 2.0
 ) -> Tensor:
     """Scale the gradients down to a global norm of `max_norm`, and return the norm before; collective.
 
@@ -25,7 +25,7 @@ def clip_grad_norm_(
     held = [p for p in parameters if p.grad is not None]
     shards = [p.grad for p in held if id(p) in sharded and p.grad is not None]
     replicated = [p.grad for p in held if id(p) not in sharded and p.grad is not None]
-    ranks = next((sharded[id(p)] for p in held if id(p) in sharded), Ranks(None))
+    ranks = next((sharded[id(p)].ranks for p in held if id(p) in sharded), Ranks(None))
     device = held[0].device if held else torch.device("cpu")
 
     def power(grads: Sequence[Tensor]) -> Tensor:
@@ -84,13 +84,13 @@ def check_optimizers(optimizers: Iterable[Optimizer], module: nn.Module) -> None
     if stale:
         raise PhantomError(
             f"the optimizer holds {stale} parameters that are no longer in the model: they were collected before the "
-            f"layers were put into phantom layout. Collect them inside configure_optimizers, from self.parameters()."
+            f"layers were swapped. Collect them inside configure_optimizers, from self.parameters()."
         )
-    for name, layer in phantom_layers(module).items():
+    for name, layer in split_layers(module).items():
         trainable = {key: id(p) for key, p in layer.named_parameters(recurse=False) if p.requires_grad}
         missing = [key for key, identity in trainable.items() if identity not in held]
         if missing and len(missing) < len(trainable):
             raise PhantomError(
                 f"the optimizer holds only a part of {name!r}: {', '.join(missing)} would never be trained. "
-                f"A phantom layer's parameters are {', '.join(trainable)}; pass all, or freeze those you leave out."
+                f"The layer's parameters are {', '.join(trainable)}; pass all, or freeze those you leave out."
             )

@@ -24,22 +24,23 @@ rank. Both run while the products with L, which need nothing from elsewhere, are
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from lightning_phantom.chain import Chain
 from lightning_phantom.comm import Ranks, gather, scatter
 from lightning_phantom.config import check_phantom_width, is_int, resolve_phantom_width
 from lightning_phantom.convert import Blocks, Factors, from_dense, random_bias, random_factors, to_dense
-from lightning_phantom.errors import LayoutError, PhantomError
+from lightning_phantom.errors import PhantomError
+from lightning_phantom.split import SplitLinear
 
-LAYOUTS = ("replicated", "sharded")
+FACTORS = ("weight", "compressor_weight", "decompressor_weight")
 
 
-class PhantomLinear(nn.Linear):
+class PhantomLinear(SplitLinear):
     """A linear layer in phantom-parallel layout; see the module's docstring for its algebra.
 
     It is an `nn.Linear` for code that asks, but `weight` holds only the diagonal blocks [out/R, in/p] of this rank; the
@@ -66,6 +67,9 @@ class PhantomLinear(nn.Linear):
         torch.Size([5, 32])
     """
 
+    method = "phantom"
+    split_dims: Mapping[str, int] = dict.fromkeys(("weight", "compressor_weight", "decompressor_weight", "bias"), 0)
+
     compressor_weight: nn.Parameter
     decompressor_weight: nn.Parameter
 
@@ -83,25 +87,11 @@ class PhantomLinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)
-        self.ranks = Ranks(process_group)
+        super().__init__(in_features, out_features, process_group, input_layout, output_layout)
         _check_sizes(in_features, out_features, num_blocks, self.ranks.size)
         check_phantom_width(phantom_width)
-        for layout in (input_layout, output_layout):
-            if layout not in LAYOUTS:
-                raise PhantomError(f"layout {layout!r}: choose 'replicated' or 'sharded'.")
-        self.in_features = in_features
-        self.out_features = out_features
         self.num_blocks = num_blocks
         self.phantom_width = resolve_phantom_width(phantom_width, in_features, out_features, num_blocks)
-        self.input_layout = input_layout
-        self.output_layout = output_layout
-
-        # Set when the layer becomes a member of a chain, or one of a gated pair.
-        self.name = ""
-        self.chain: Chain | None = None
-        self.siblings: tuple[PhantomLinear, ...] = (self,)
-        self.init_seed: int | None = None
 
         held, m_in = num_blocks // self.ranks.size, in_features // num_blocks
         out_here, k = out_features // self.ranks.size, self.phantom_width
@@ -128,6 +118,16 @@ class PhantomLinear(nn.Linear):
         """This rank's L, C, D and b."""
         return self.weight, self.compressor_weight, self.decompressor_weight, self.bias
 
+    def compute(self, layers: Sequence[PhantomLinear], x: Tensor, factors: Sequence[Any]) -> list[Tensor]:
+        """Apply `layers` to x [tokens, width]; see `SplitLinear`."""
+        if self.input_layout == "replicated":
+            x = scatter(x, self.ranks)
+        outputs = _Mix.apply(x, self.ranks, self.num_blocks, *factors)
+        return [
+            gather(z, layer.ranks) if layer.output_layout == "replicated" else z
+            for layer, z in zip(layers, outputs, strict=True)
+        ]
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all factors and the bias anew; the same numbers for any number of ranks. A no-op on the meta device."""
@@ -148,42 +148,22 @@ class PhantomLinear(nn.Linear):
         self.decompressor_weight.copy_(factors.decompressor)
 
     @torch.no_grad()
-    def load_dense(self, weight: Tensor | None, bias: Tensor | None) -> None:
-        """Take over a dense weight [out, in] (approximated) and bias [out] (exactly); collective when R > 1."""
+    def local_state(self, weight: Tensor | None, bias: Tensor | None) -> dict[str, Tensor]:
+        """This rank's factors of the best approximation of a dense weight [out, in], and its bias; collective."""
+        state: dict[str, Tensor] = {}
         if weight is not None:
-            self.load_factors(from_dense(weight.to(self.weight.device), self.blocks, self.ranks))
-        if bias is not None and self.bias is not None:
-            self.bias.copy_(bias[self.ranks.slice_of(self.out_features)])
+            state.update(zip(FACTORS, from_dense(weight, self.blocks, self.ranks), strict=True))
+        if bias is not None:
+            state["bias"] = bias[self.ranks.slice_of(self.out_features)]
+        return state
 
-    @torch.no_grad()
-    def global_tensor(self, name: str) -> Tensor:
-        """Return the parameter `name` of all ranks, stacked along dim 0; collective when R > 1."""
-        return self.ranks.all_gather(self.get_parameter(name).detach())().flatten(0, 1)
+    def dense_from(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The dense weight [out, in] that the factors of all ranks stand for."""
+        return to_dense(Factors(*(tensors[name] for name in FACTORS)), self.num_blocks)
 
-    @torch.no_grad()
-    def dense_weight(self) -> Tensor:
-        """Return the dense weight [out, in] of the same linear map; collective when R > 1."""
-        names = ("weight", "compressor_weight", "decompressor_weight")
-        return to_dense(Factors(*map(self.global_tensor, names)), self.num_blocks)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map [..., in] to [..., out], or this rank's share of either where the layout is sharded."""
-        # Collectives and writes into views do not compile; outside compilation the guard would cost more than it helps.
-        return self._uncompiled(input) if torch.compiler.is_compiling() else self._forward(input)
-
-    def _forward(self, input: Tensor) -> Tensor:
-        if self.chain is None:
-            return _run((self,), input)[0]
-        self.chain.require_running(self.name)
-        kept = self.chain.take(self.name, input)
-        if kept is not None:
-            return kept
-        mine, *others = _run(self.siblings, input)
-        for sibling, output in zip(self.siblings[1:], others, strict=True):
-            self.chain.keep(sibling.name, input, output)
-        return mine
-
-    _uncompiled = torch.compiler.disable(_forward)
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint must agree on with the layer that loads it."""
+        return {**super().record(), "phantom_width": self.phantom_width}
 
     def extra_repr(self) -> str:
         """Describe the layer in `repr`."""
@@ -192,40 +172,6 @@ class PhantomLinear(nn.Linear):
             f"num_blocks={self.num_blocks}, phantom_width={self.phantom_width}, ranks={self.ranks.size}, "
             f"{self.input_layout} -> {self.output_layout}"
         )
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        weight = state_dict.get(f"{prefix}weight")
-        dense = isinstance(weight, Tensor) and tuple(weight.shape) == (self.out_features, self.in_features)
-        if weight is not None and dense and f"{prefix}compressor_weight" not in state_dict:
-            state_dict = {**state_dict, **self._factored(weight, state_dict.get(f"{prefix}bias"), prefix)}
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    @torch.no_grad()
-    def _factored(self, weight: Tensor, bias: Tensor | None, prefix: str) -> dict[str, Tensor]:
-        factors = from_dense(weight.to(self.weight.device), self.blocks, self.ranks)
-        state: dict[str, Tensor] = {
-            f"{prefix}weight": factors.weight,
-            f"{prefix}compressor_weight": factors.compressor,
-            f"{prefix}decompressor_weight": factors.decompressor,
-        }
-        if bias is not None:
-            state[f"{prefix}bias"] = bias[self.ranks.slice_of(self.out_features)]
-        return state
-
-
-# torch's activation checkpoint wrapper puts this into module names and takes it out of the keys of state dicts.
-_LEFT_OUT_OF_KEYS = "_checkpoint_wrapped_module."
-
-
-def phantom_layers(module: nn.Module) -> dict[str, PhantomLinear]:
-    """The phantom layers of a module, by name as the keys of its state dict have it."""
-    named = module.named_modules()
-    return {name.replace(_LEFT_OUT_OF_KEYS, ""): m for name, m in named if isinstance(m, PhantomLinear)}
-
-
-def sharded_parameters(module: nn.Module) -> dict[int, Ranks]:
-    """The parameters of which this rank holds a share, by `id`, with the ranks that hold the others."""
-    return {id(p): layer.ranks for layer in phantom_layers(module).values() for p in layer.parameters(recurse=False)}
 
 
 def _check_sizes(in_features: int, out_features: int, num_blocks: int, num_ranks: int) -> None:
@@ -239,31 +185,6 @@ def _check_sizes(in_features: int, out_features: int, num_blocks: int, num_ranks
         raise PhantomError(
             f"a layer of {in_features} -> {out_features} features does not divide into num_blocks={num_blocks} blocks."
         )
-
-
-def _run(layers: tuple[PhantomLinear, ...], x: Tensor) -> list[Tensor]:
-    """Apply layers that read the same input, with one collective each way for all of them."""
-    first = layers[0]
-    sharded = first.input_layout == "sharded"
-    width = first.in_features // first.ranks.size if sharded else first.in_features
-    if x.shape[-1] != width:
-        raise LayoutError(
-            f"{first.name or type(first).__name__}: the input is {list(x.shape)}, but its last size must be {width} "
-            f"(in_features={first.in_features}, {first.input_layout}, {first.ranks.size} ranks)."
-        )
-    factors: list[Any] = [f for layer in layers for f in layer.factors()]
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, *factors = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *factors))
-    flat = x.reshape(-1, width)
-    if not sharded:
-        flat = scatter(flat, first.ranks)
-    outputs = _Mix.apply(flat, first.ranks, first.num_blocks, *factors)
-    outputs = [
-        gather(z, layer.ranks) if layer.output_layout == "replicated" else z
-        for layer, z in zip(layers, outputs, strict=True)
-    ]
-    return [z.reshape(*x.shape[:-1], z.shape[-1]) for z in outputs]
 
 
 class _Mix(torch.autograd.Function):

@@ -15,7 +15,7 @@ from lightning_phantom.errors import PhantomError
 
 
 class Sizes(NamedTuple):
-    """R, D and p of a job."""
+    """R, D and p of a job; tensor parallelism has p = R."""
 
     phantom: int
     data_parallel: int
@@ -50,18 +50,9 @@ def resolve_sizes(
     Raises:
         PhantomError: R * D is not the number of ranks, R does not divide p, or p would be 1.
     """
-    world = devices * nodes
-    if phantom_size == "auto" and data_parallel_size == "auto":
-        phantom_size = devices if num_blocks is None else math.gcd(num_blocks, devices)
-    known = data_parallel_size if phantom_size == "auto" else phantom_size
-    rest = max(world // int(known), 1)
-    ranks = rest if phantom_size == "auto" else int(phantom_size)
-    replicas = rest if data_parallel_size == "auto" else int(data_parallel_size)
-    if ranks * replicas != world:
-        raise PhantomError(
-            f"phantom_parallel_size={ranks} x data_parallel_size={replicas} needs {ranks * replicas} ranks, but there "
-            f"are {world} ({nodes} nodes x {devices} devices). Change one of them, or leave both 'auto'."
-        )
+    if phantom_size == "auto" and data_parallel_size == "auto" and num_blocks is not None:
+        phantom_size = math.gcd(num_blocks, devices)
+    ranks, replicas = share_out("phantom_parallel_size", phantom_size, data_parallel_size, devices, nodes)
     blocks = ranks if num_blocks is None else num_blocks
     if blocks == 1:
         raise PhantomError(
@@ -75,6 +66,27 @@ def resolve_sizes(
             f"a divisor of {blocks}."
         )
     return Sizes(ranks, replicas, blocks)
+
+
+def share_out(name: str, size: int | str, data_parallel_size: int | str, devices: int, nodes: int) -> tuple[int, int]:
+    """Settle R, which the user calls `name`, and D; both `"auto"`: the devices of a node, and the nodes.
+
+    Raises:
+        PhantomError: R * D is not the number of ranks.
+    """
+    world = devices * nodes
+    if size == "auto" and data_parallel_size == "auto":
+        size = devices
+    known = data_parallel_size if size == "auto" else size
+    rest = max(world // int(known), 1)
+    ranks = rest if size == "auto" else int(size)
+    replicas = rest if data_parallel_size == "auto" else int(data_parallel_size)
+    if ranks * replicas != world:
+        raise PhantomError(
+            f"{name}={ranks} x data_parallel_size={replicas} needs {ranks * replicas} ranks, but there "
+            f"are {world} ({nodes} nodes x {devices} devices). Change one of them, or leave both 'auto'."
+        )
+    return ranks, replicas
 
 
 # Groups are collective to make and cannot be unmade cheaply: one set per process and pair of sizes.

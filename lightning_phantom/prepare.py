@@ -94,17 +94,17 @@ def check_trainer(trainer: L.Trainer, ranks: int, swapped_late: bool) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelPruning):
             raise PhantomError(
-                "ModelPruning would prune a phantom layer's diagonal blocks as if they were its weight, on each rank "
-                "by its own share. Leave it out, and prune the dense module after training (densify)."
+                "ModelPruning would prune each rank's share of a layer as if it were the whole weight. Leave it out, "
+                "and prune the dense module after training (densify)."
             )
         if swapped_late and getattr(callback, "_average_model", None) is not None:
             raise PhantomError(
-                f"{type(callback).__name__} copied the model before the layers that configure_model makes were put "
-                f"into phantom layout. Make them in __init__, or leave the callback out."
+                f"{type(callback).__name__} copied the model before the layers that configure_model makes were "
+                f"swapped. Make them in __init__, or leave the callback out."
             )
         if isinstance(callback, ThroughputMonitor) and ranks > 1:
             rank_zero_warn(
-                f"ThroughputMonitor multiplies by trainer.world_size, but the {ranks} ranks of a phantom group share "
+                f"ThroughputMonitor multiplies by trainer.world_size, but the {ranks} ranks of one replica share "
                 f"their batches: divide its global samples, batches and items per second by {ranks}. What it logs "
                 f"under 'device' is right."
             )
@@ -112,7 +112,7 @@ def check_trainer(trainer: L.Trainer, ranks: int, swapped_late: bool) -> None:
         if ranks > 1 and getattr(logger, "_log_graph", False):
             raise PhantomError(
                 f"{type(logger).__name__}(log_graph=True) runs the model on rank 0 only, which would wait for the "
-                f"other {ranks - 1} ranks of its phantom group; leave log_graph out."
+                f"other {ranks - 1} ranks of its replica; leave log_graph out."
             )
 
 
@@ -127,12 +127,12 @@ def check_update_rules(optimizers: Sequence[Optimizer], ranks: int) -> None:
     if names := over_all_parameters(optimizers):
         raise PhantomError(
             f"{', '.join(names)}: this optimizer decides by sums over all its parameters, of which each of the {ranks} "
-            f"ranks of a phantom group holds others, so the ranks would take different steps. Use one rank per replica "
-            f"(phantom_parallel_size=1), or an elementwise optimizer such as AdamW or SGD."
+            f"ranks of a replica holds others, so the ranks would take different steps. Use one rank per replica "
+            f"(data_parallel_size=number of ranks), or an elementwise optimizer such as AdamW or SGD."
         )
     if names := not_elementwise(optimizers):
         rank_zero_warn(
             f"{', '.join(names)}: the rule of this optimizer is not elementwise, so it treats each rank's share of a "
-            f"phantom layer as a tensor of its own, and training depends on the number of ranks. AdamW and SGD are "
+            f"split layer as a tensor of its own, and training depends on the number of ranks. AdamW and SGD are "
             f"exact."
         )

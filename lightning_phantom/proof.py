@@ -52,22 +52,36 @@ class ProvenChain:
 
     Attributes:
         owner: the module whose forward was proven.
-        inputs: layout of the input of each member, in the order of the forward.
-        outputs: layout of the output of each member.
+        flows: each member with the value that it reads and the one that it writes, in the order of the forward. The
+            values inside the chain are numbered; None is a value that something else reads or writes.
         siblings: groups of members that read the same value and so share their collectives.
-        dropouts: each nn.Dropout on the way, with one flag per call in the owner's forward: is the input sharded?
+        dropouts: each nn.Dropout on the way, with the value that it reads in each call in the owner's forward.
     """
 
     owner: str
-    inputs: tuple[tuple[str, str], ...]
-    outputs: tuple[tuple[str, str], ...]
+    flows: tuple[tuple[str, int | None, int | None], ...]
     siblings: tuple[tuple[str, ...], ...]
-    dropouts: tuple[tuple[str, tuple[bool, ...]], ...]
+    dropouts: tuple[tuple[str, tuple[int | None, ...]], ...]
 
     @property
     def members(self) -> tuple[str, ...]:
         """Names of the chain's linears, in the order of the forward."""
-        return tuple(name for name, _ in self.inputs)
+        return tuple(name for name, _, _ in self.flows)
+
+    def layouts(self, replicated: Collection[int] = ()) -> dict[str, tuple[str, str]]:
+        """Input and output layout of each member, when all values inside but the `replicated` ones are sharded."""
+        whole = {None, *replicated}
+        return {
+            name: ("replicated" if read in whole else "sharded", "replicated" if written in whole else "sharded")
+            for name, read, written in self.flows
+        }
+
+    def between_pairs(self) -> frozenset[int]:
+        """The values that every rank holds whole in Megatron's pairs: those made from sharded ones."""
+        layouts: dict[int | None, str] = {None: "replicated"}
+        for _, read, written in self.flows:
+            layouts.setdefault(written, "sharded" if layouts[read] == "replicated" else "replicated")
+        return frozenset(value for value, layout in layouts.items() if value is not None and layout == "replicated")
 
 
 class Traces:
@@ -159,10 +173,9 @@ def _known_chain(root: nn.Module, owner: str, available: Collection[str]) -> tup
         return None, "its neighbour in the feed-forward block is not swapped"
     chain = ProvenChain(
         owner=owner,
-        inputs=((first, "replicated"), (second, "sharded")),
-        outputs=((first, "sharded"), (second, "replicated")),
+        flows=((first, None, 0), (second, 0, None)),
         siblings=(),
-        dropouts=((dropout, (True,)),),
+        dropouts=((dropout, (0,)),),
     )
     return chain, ""
 
@@ -360,24 +373,26 @@ class _Proof:
         return not shared - {""}
 
     def _chain(self, linears: list[fx.Node]) -> ProvenChain:
-        def layout(value: Any) -> str:
-            return "sharded" if value in self._sharded else "replicated"
-
         by_input: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for n in linears:
             by_input[n.all_input_nodes[0]].append(n)
         siblings = [n for n in by_input.values() if len(n) > 1 and self._undisturbed(n)]
-        groups = {self._find(v) for n in linears for v in (n, n.all_input_nodes[0]) if v in self._sharded}
-        calls: dict[str, list[bool]] = defaultdict(list)
+        values: dict[fx.Node, int] = {}
+
+        def number(value: fx.Node) -> int | None:
+            return values.setdefault(self._find(value), len(values)) if value in self._sharded else None
+
+        flows = tuple((self._linears[n], number(n.all_input_nodes[0]), number(n)) for n in linears)
+        calls: dict[str, list[int | None]] = defaultdict(list)
         for n in self._nodes:
             if n.op == "call_module" and type(self._module(n)) is nn.Dropout:
-                calls[self._name(n)].append(n in self._sharded and self._find(n) in groups)
+                inside = n in self._sharded and self._find(n) in values
+                calls[self._name(n)].append(number(n) if inside else None)
         return ProvenChain(
             owner=self._owner,
-            inputs=tuple((self._linears[n], layout(n.all_input_nodes[0])) for n in linears),
-            outputs=tuple((self._linears[n], layout(n)) for n in linears),
+            flows=flows,
             siblings=tuple(tuple(self._linears[n] for n in nodes) for nodes in siblings),
-            dropouts=tuple((name, tuple(flags)) for name, flags in calls.items() if any(flags)),
+            dropouts=tuple((name, tuple(read)) for name, read in calls.items() if any(v is not None for v in read)),
         )
 
     def _undisturbed(self, siblings: list[fx.Node]) -> bool:

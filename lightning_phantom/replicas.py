@@ -1,6 +1,6 @@
 """Finds ranks that have drifted apart before their training is worth nothing.
 
-The ranks of one phantom group must see the same batches and hold the same replicated parameters. A digest of fixed size
+The ranks of one replica must see the same batches and hold the same replicated parameters. A digest of fixed size
 is gathered, so that unequal structures cannot hang the check; only when digests differ are entries compared by name.
 """
 
@@ -19,7 +19,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from lightning_phantom.comm import Ranks, broadcast
 from lightning_phantom.errors import PhantomError
-from lightning_phantom.layers import sharded_parameters
+from lightning_phantom.split import sharded_parameters
 
 FIRST_BATCHES = 2  # of each kind (training, validation, ...) in a run
 EVERY_STEPS = 1000  # training steps between checks of the parameters
@@ -27,7 +27,7 @@ RELATIVE_TOLERANCE = 1e-3  # on accelerators, where atomics leave the last bits 
 
 
 class ReplicaCheck:
-    """Compares batches and replicated parameters over the ranks of a phantom group.
+    """Compares batches and replicated parameters over the ranks of one replica.
 
     Args:
         ranks: the group.
@@ -56,7 +56,7 @@ class ReplicaCheck:
         entries = [(f"batch{keystr(path)}", _exact(leaf)) for path, leaf in leaves]
         self._compare(
             entries,
-            f"the ranks of a phantom group got different {kind} batches. They must load the same samples in the same "
+            f"the ranks of one replica got different {kind} batches. They must load the same samples in the same "
             f"order and augment them alike: seed with seed_everything(..., workers=True), and let your own sampler use "
             f"trainer.distributed_sampler_kwargs",
         )
@@ -77,7 +77,7 @@ class ReplicaCheck:
         sharded = sharded_parameters(module)
         held = [(name, p) for name, p in module.named_parameters() if id(p) not in sharded]
         message = (
-            "the ranks of a phantom group hold different values of a parameter that they should share. Something in "
+            "the ranks of one replica hold different values of a parameter that they should share. Something in "
             "training_step or an optimizer hook depends on the rank or on an unseeded generator"
         )
         if all(p.device.type == "cpu" for _, p in held):
@@ -126,7 +126,7 @@ def _exact(leaf: Any) -> str:
 
 @torch.no_grad()
 def realign(module: nn.Module, optimizers: Iterable[Optimizer], ranks: Ranks) -> None:
-    """Give the ranks of a phantom group its first rank's replicated parameters and their optimizer states."""
+    """Give the ranks of a replica its first rank's replicated parameters and their optimizer states."""
     sharded = sharded_parameters(module)
     replicated = [p for p in module.parameters() if id(p) not in sharded]
     states = [o.state.get(p, {}) for o in optimizers for p in replicated]

@@ -34,6 +34,8 @@ class CheckpointingStrategy(DDPStrategy):
         kwargs: for DDPStrategy.
     """
 
+    strategy_name: str
+    layer_kind: str
     mesh: Mesh
 
     def __init__(self, state_dict_type: str, weights_only: bool | None, checkpoint_io: Any, **kwargs: Any) -> None:
@@ -105,8 +107,8 @@ class CheckpointingStrategy(DDPStrategy):
         saved = checkpoint.get("phantom", {}).get("optimizers")
         if saved is None:
             raise CheckpointError(
-                "the checkpoint holds no optimizer state for phantom layers, so the fit cannot go on from it. To start "
-                "from its weights, load them in the module (or its setup hook) and fit without ckpt_path."
+                f"the checkpoint holds no optimizer state for {self.layer_kind} layers, so the fit cannot go on from "
+                f"it. To start from its weights, load them in the module (or its setup hook) and fit without ckpt_path."
             )
         if len(saved) != len(self.optimizers):
             raise CheckpointError(f"the checkpoint has {len(saved)} optimizers, the module {len(self.optimizers)}.")
@@ -202,6 +204,9 @@ class CheckpointingStrategy(DDPStrategy):
             raise CheckpointError(
                 f"cannot be read; it is truncated or no checkpoint. Use an earlier one. ({error})"
             ) from error
+        if isinstance(loaded, Mapping) and full.method_of(loaded) not in (None, self.strategy_name):
+            # Its dense weights are as good as any; the optimizer's state is of other layers.
+            loaded = {key: value for key, value in loaded.items() if key != "phantom"}
         full.check_fits(self.lightning_module, loaded)
         return full.take_share(self.lightning_module, loaded) if "phantom" in loaded else dict(loaded)
 
@@ -213,6 +218,7 @@ class CheckpointingStrategy(DDPStrategy):
         except Exception as error:
             raise CheckpointError(f"cannot be read; use an earlier one. ({error})") from error
         full.check_fits(self.lightning_module, rest)
+        sharded.check_splits(self.lightning_module, rest)
         mesh = self.mesh.device_mesh(self.root_device.type)
         return self._together(lambda: sharded.read_tensors(folder, rest, mesh))
 

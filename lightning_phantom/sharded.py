@@ -26,22 +26,27 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
 from lightning_phantom.checkpoint import (
-    FACTORS,
     describe,
-    layers_in,
-    optimizer_from_names,
+    held_keys,
     optimizer_to_names,
     replace_model_states,
 )
 from lightning_phantom.errors import CheckpointError
 from lightning_phantom.files import checksum
+from lightning_phantom.split import Split, split_layers
 
 REST = "rest.pt"
 _TENSOR = "phantom_tensor"
 
 
 class _Held(Tensor):
-    """Marks a tensor of which this rank holds a share."""
+    """Marks a tensor of which this rank holds a share.
+
+    Attributes:
+        split_dim: the dimension along which it is split.
+    """
+
+    split_dim: int
 
 
 def write(
@@ -60,16 +65,16 @@ def write(
     tensors: dict[str, Tensor] = {}
 
     def marked(state: Mapping[str, Any], path: tuple[str | int, ...]) -> dict[str, Any]:
-        held = {base + factor for base in layers_in(module, state) for factor in FACTORS}
-        whole = {key: _mark(value) if key in held else value for key, value in state.items()}
+        held = held_keys(module, state)
+        whole = {key: _mark(value, held[key]) if key in held else value for key, value in state.items()}
         return dict(_moved_out(whole, "/".join(map(str, path)), tensors, mesh))
 
     rest = {k: v for k, v in checkpoint.items() if k != "optimizer_states"}
     rest = replace_model_states(module, rest, marked)
-    rest["phantom"] = {**rest.get("phantom", {}), **describe(module)}
+    rest["phantom"] = {**rest.get("phantom", {}), **describe(module), "split": _splits(module)}
     if "optimizer_states" in checkpoint:
         states = zip(optimizers, checkpoint["optimizer_states"], strict=True)
-        named = [optimizer_to_names(module, o, state, lambda t, ranks: _mark(t)) for o, state in states]
+        named = [optimizer_to_names(module, o, state, lambda t, split: _mark(t, split)) for o, state in states]
         rest["phantom"]["optimizers"] = _moved_out(named, "optimizers", tensors, mesh)
         rest["optimizer_states"] = []
     save(tensors, storage_writer=FileSystemWriter(folder, sync_files=True))
@@ -99,13 +104,27 @@ def read_tensors(folder: Path, rest: Mapping[str, Any], mesh: DeviceMesh) -> dic
     return dict(_visit(rest, filled))
 
 
-def load_optimizer(module: nn.Module, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Load one optimizer from what `read_tensors` gave."""
-    optimizer.load_state_dict(optimizer_from_names(module, optimizer, saved, whole=False))
+def check_splits(module: nn.Module, rest: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a layer's shards are of another kind than those that were saved."""
+    saved = rest.get("phantom", {}).get("split", {})
+    for name, here in _splits(module).items():
+        if saved.get(name, here) != here:
+            raise CheckpointError(
+                f"{name!r} is split along {saved[name]} in the checkpoint and along {here} in the model; use the style "
+                f"it was saved with, or save with state_dict_type='full'."
+            )
 
 
-def _mark(tensor: Tensor) -> Tensor:
-    return tensor.detach().as_subclass(_Held)
+def _splits(module: nn.Module) -> dict[str, dict[str, int]]:
+    return {name: dict(layer.split_dims) for name, layer in split_layers(module).items()}
+
+
+def _mark(tensor: Tensor, split: Split | None) -> Tensor:
+    if split is None:
+        return tensor
+    held = tensor.detach().as_subclass(_Held)
+    held.split_dim = split.dim
+    return held
 
 
 def _moved_out(value: Any, name: str, tensors: dict[str, Tensor], mesh: DeviceMesh) -> Any:
@@ -116,22 +135,24 @@ def _moved_out(value: Any, name: str, tensors: dict[str, Tensor], mesh: DeviceMe
         return [_moved_out(v, f"{name}/{n}", tensors, mesh) for n, v in enumerate(value)]
     if not isinstance(value, Tensor):
         return value
-    held = isinstance(value, _Held)
-    plain = value.detach().as_subclass(Tensor)
-    whole: Tensor = DTensor.from_local(plain, mesh, [Replicate(), Shard(0)], run_check=False) if held else plain
+    dim = value.split_dim if isinstance(value, _Held) else None
+    whole = value.detach().as_subclass(Tensor)
+    if dim is not None:
+        whole = DTensor.from_local(whole, mesh, [Replicate(), Shard(dim)], run_check=False)
     tensors[name] = whole
-    return {_TENSOR: name, "shape": list(whole.shape), "dtype": whole.dtype, "held": held}
+    return {_TENSOR: name, "shape": list(whole.shape), "dtype": whole.dtype, "dim": dim}
 
 
 def _empty(entry: Mapping[str, Any], mesh: DeviceMesh) -> Tensor:
     shape, device = entry["shape"], mesh.device_type
-    if not entry["held"]:
+    dim, ranks = entry["dim"], mesh.size(1)
+    if dim is None:
         return torch.empty(shape, dtype=entry["dtype"], device=device)
-    ranks = mesh.size(1)
-    if shape[0] % ranks:
+    if shape[dim] % ranks:
         raise CheckpointError(f"{entry[_TENSOR]!r} of shape {shape} does not divide between {ranks} ranks.")
-    local = torch.empty([shape[0] // ranks, *shape[1:]], dtype=entry["dtype"], device=device)
-    return DTensor.from_local(local, mesh, [Replicate(), Shard(0)], run_check=False)
+    share = [size // ranks if d == dim else size for d, size in enumerate(shape)]
+    local = torch.empty(share, dtype=entry["dtype"], device=device)
+    return DTensor.from_local(local, mesh, [Replicate(), Shard(dim)], run_check=False)
 
 
 def _visit(value: Any, replace: Callable[[Mapping[str, Any]], Any]) -> Any:

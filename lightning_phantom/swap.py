@@ -1,8 +1,9 @@
-"""Carries a plan out: puts phantom layers where linears were, and takes them out again."""
+"""Carries a plan out: puts layers split over ranks where linears were, and takes them out again."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 from lightning_phantom import fused
 from lightning_phantom.chain import Chain, ShardedDropout
 from lightning_phantom.comm import Ranks, broadcast
-from lightning_phantom.config import PhantomConfig
+from lightning_phantom.config import PhantomConfig, TensorParallelConfig
 from lightning_phantom.convert import block_diagonal
 from lightning_phantom.errors import PhantomError, PlanError
-from lightning_phantom.ffn import Plan, PlannedLayer, plan_phantom
+from lightning_phantom.ffn import Config, Plan, PlannedLayer, plan_phantom
 from lightning_phantom.layers import PhantomLinear
+from lightning_phantom.parallel_linear import ParallelLinear
+from lightning_phantom.split import SplitLinear
 
 
 def phantomize_(module: nn.Module, config: PhantomConfig, process_group: dist.ProcessGroup | None = None) -> nn.Module:
@@ -43,9 +46,10 @@ def phantomize_(module: nn.Module, config: PhantomConfig, process_group: dist.Pr
 
 
 def nothing_qualifies(module: nn.Module, plan: Plan) -> PlanError:
-    """The error for a module that phantom parallelism would leave as it is."""
+    """The error for a module that a plan would leave as it is."""
+    method = "tensor parallelism" if isinstance(plan.config, TensorParallelConfig) else "phantom parallelism"
     return PlanError(
-        f"nothing in {type(module).__name__} qualifies for phantom parallelism, so training would be dense. Train it "
+        f"nothing in {type(module).__name__} qualifies for {method}, so training would be dense. Train it "
         f"with another strategy, or name layers with plan={{'glob': 'phantom'}}. Linear by linear:\n{plan}"
     )
 
@@ -58,17 +62,17 @@ def carry_out(
 ) -> None:
     """Swap the layers of `plan`, starting from the weights of the first rank of `source_group`."""
     config, ranks = plan.config, Ranks(process_group)
-    if config.num_blocks % ranks.size:
+    blocks = config.num_ranks if isinstance(config, TensorParallelConfig) else config.num_blocks
+    if blocks % ranks.size:
         raise PhantomError(
-            f"num_blocks={config.num_blocks} on {ranks.size} ranks: the number of ranks must divide the number of "
-            f"blocks."
+            f"num_blocks={blocks} on {ranks.size} ranks: the number of ranks must divide the number of blocks."
         )
     _check_weights(module, plan)
-    swapped: dict[str, PhantomLinear] = {}
+    swapped: dict[str, SplitLinear] = {}
     for layer in plan.swapped:
         linear = module.get_submodule(layer.name)
         assert isinstance(linear, nn.Linear)
-        swapped[layer.name] = _phantom_layer(linear, layer, config, process_group, source_group)
+        swapped[layer.name] = _split_layer(linear, layer, config, process_group, source_group)
         _replace(module, linear, swapped[layer.name])
     dropouts: dict[nn.Dropout, list[tuple[Chain, tuple[bool, ...]]]] = {}
     for proven in plan.chains:
@@ -80,17 +84,21 @@ def carry_out(
             for name in group:
                 others = tuple(swapped[other] for other in group if other != name)
                 swapped[name].siblings = (swapped[name], *others)
-        for name, calls in proven.dropouts:
-            dropout = module.get_submodule(name)
+        whole = {None, *plan.replicated(proven)}
+        for name, values in proven.dropouts:
+            dropout, sharded = module.get_submodule(name), tuple(value not in whole for value in values)
             assert isinstance(dropout, nn.Dropout)
-            dropouts.setdefault(dropout, []).append((chain, calls))
+            if any(sharded) and blocks > 1:
+                dropouts.setdefault(dropout, []).append((chain, sharded))
     for dropout, uses in dropouts.items():
-        _replace(module, dropout, ShardedDropout(dropout, uses, config.num_blocks, ranks))
-    fused.switch_off(module, PhantomLinear)
+        _replace(module, dropout, ShardedDropout(dropout, uses, blocks, ranks))
+    fused.switch_off(module, SplitLinear)
 
 
 def _check_weights(module: nn.Module, plan: Plan) -> None:
     """Raise PlanError for weights that no phantom layer can start from, before the first layer is swapped."""
+    if isinstance(plan.config, TensorParallelConfig):
+        return
     for layer in plan.swapped:
         weight = module.get_submodule(layer.name).weight
         assert isinstance(weight, Tensor)
@@ -106,55 +114,61 @@ def _check_weights(module: nn.Module, plan: Plan) -> None:
 
 
 @torch.no_grad()
-def _phantom_layer(
+def _split_layer(
     linear: nn.Linear,
     planned: PlannedLayer,
-    config: PhantomConfig,
+    config: Config,
     process_group: dist.ProcessGroup | None,
     source_group: dist.ProcessGroup | None,
-) -> PhantomLinear:
-    assert planned.phantom_width is not None
+) -> SplitLinear:
     weight, bias = linear.weight, linear.bias
     input_layout, output_layout = planned.layouts
-    phantom = PhantomLinear(
-        linear.in_features,
-        linear.out_features,
-        config.num_blocks,
-        planned.phantom_width,
-        bias is not None,
-        process_group=process_group,
-        input_layout=input_layout,
-        output_layout=output_layout,
-        device="meta",
-        dtype=weight.dtype,
-    )
-    phantom.name, phantom.init_seed = planned.name, config.seed
-    phantom.train(linear.training)
+    sizes = (linear.in_features, linear.out_features)
+    kind: dict[str, Any] = {
+        "bias": bias is not None,
+        "process_group": process_group,
+        "input_layout": input_layout,
+        "output_layout": output_layout,
+        "device": "meta",
+        "dtype": weight.dtype,
+    }
+    split: SplitLinear
+    if isinstance(config, TensorParallelConfig):
+        split = ParallelLinear(*sizes, config.style, **kind)
+    else:
+        assert planned.phantom_width is not None
+        split = PhantomLinear(*sizes, config.num_blocks, planned.phantom_width, **kind)
+    split.name, split.init_seed = planned.name, config.seed
+    split.train(linear.training)
     if not weight.is_meta:
-        phantom.to_empty(device=weight.device)
-        _fill(phantom, weight, bias, config.init, source_group)
-    for factor in (phantom.weight, phantom.compressor_weight, phantom.decompressor_weight):
-        factor.requires_grad_(weight.requires_grad)
-    if bias is not None:
-        phantom.bias.requires_grad_(bias.requires_grad)
-    return phantom
+        split.to_empty(device=weight.device)
+        _fill(split, weight, bias, config, source_group)
+    for name, parameter in split.named_parameters(recurse=False):
+        parameter.requires_grad_((bias if name == "bias" else weight).requires_grad)
+    return split
 
 
 def _fill(
-    phantom: PhantomLinear, weight: Tensor, bias: Tensor | None, init: str, source_group: dist.ProcessGroup | None
+    split: SplitLinear,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: Config,
+    source_group: dist.ProcessGroup | None,
 ) -> None:
     """Initialise a layer from the dense one of the source group's first rank: unseeded ranks hold different weights."""
+    init = "from_dense" if isinstance(config, TensorParallelConfig) else config.init
     bias = None if bias is None else broadcast(bias.detach(), source_group)
     if init == "random":
-        phantom.reset_parameters()
-        phantom.load_dense(None, bias)
+        split.reset_parameters()
+        split.load_dense(None, bias)
         return
     weight = broadcast(weight.detach(), source_group)
     if init == "block_diagonal":
-        phantom.load_factors(block_diagonal(weight, phantom.blocks, phantom.ranks))
-        phantom.load_dense(None, bias)
+        assert isinstance(split, PhantomLinear)
+        split.load_factors(block_diagonal(weight, split.blocks, split.ranks))
+        split.load_dense(None, bias)
     else:
-        phantom.load_dense(weight, bias)
+        split.load_dense(weight, bias)
 
 
 def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -167,15 +181,15 @@ def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
 def densify(module: nn.Module) -> nn.Module:
     """Return a copy of `module` with plain layers again: the same function, the original classes and dtypes.
 
-    A phantom layer becomes the `nn.Linear` of its dense weight. Collective when layers are shared between ranks; every
-    rank gets the whole module.
+    A phantom or tensor-parallel layer becomes the `nn.Linear` of its dense weight. Collective when layers are shared
+    between ranks; every rank gets the whole module.
     """
     dense = copy.deepcopy(module)
-    chains = {id(m.chain): m.chain for m in dense.modules() if isinstance(m, PhantomLinear) and m.chain is not None}
+    chains = {id(m.chain): m.chain for m in dense.modules() if isinstance(m, SplitLinear) and m.chain is not None}
     for chain in chains.values():
         chain.detach()
     for name, layer in list(dense.named_modules()):
-        if isinstance(layer, PhantomLinear):
+        if isinstance(layer, SplitLinear):
             plain: nn.Module = _dense_layer(layer)
         elif isinstance(layer, ShardedDropout):
             plain = nn.Dropout(layer.p, layer.inplace)
@@ -190,7 +204,7 @@ def densify(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _dense_layer(layer: PhantomLinear) -> nn.Linear:
+def _dense_layer(layer: SplitLinear) -> nn.Linear:
     linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     linear.weight = nn.Parameter(layer.dense_weight(), requires_grad=layer.weight.requires_grad)
     if layer.bias is not None:

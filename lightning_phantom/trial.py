@@ -30,7 +30,7 @@ class Measured:
 
     Attributes:
         weights: parameters this rank held.
-        steps_s: seconds of each step after the warm-up, from the end of one to the end of the next, validation left out.
+        steps_s: seconds of each step after the warm-up, from the end of the one before to its own, validation left out.
         samples: samples in one step, all replicas' share of this rank.
         sent_bytes: bytes this rank sent in collectives of this package, per step.
         calls: such collectives, per step.

@@ -15,14 +15,14 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from training import Net, data, trainer
 
 from lightning_phantom import PhantomStrategy
-from lightning_phantom.layers import phantom_layers
 from lightning_phantom.rng import rng_states, set_rng_states
+from lightning_phantom.split import split_layers
 
 FORMATS = ("full", "sharded")
 
 
 def whole_weights(module):
-    layers = phantom_layers(module)
+    layers = split_layers(module)
     return {
         name: layers[name.rpartition(".")[0]].global_tensor(name.rpartition(".")[2])
         if name.rpartition(".")[0] in layers

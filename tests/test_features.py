@@ -53,8 +53,8 @@ from training import Net, data, loader, trainer
 
 from lightning_phantom import PhantomLinear, PhantomStrategy, densify
 from lightning_phantom.errors import PhantomError, PlanError
-from lightning_phantom.layers import phantom_layers
 from lightning_phantom.prepare import count_replicas_once, give_back_groups, materialise
+from lightning_phantom.split import split_layers
 
 ROOT = Path(__file__).parent.parent
 TWICE = {"data_parallel_size": 2}
@@ -612,7 +612,7 @@ def test_gradient_hooks():
             super().__init__()
             self.net[6].weight.register_hook(lambda gradient: gradient)
 
-    assert list(phantom_layers(train(HookedBefore)[1])) == ["net.0", "net.3"]
+    assert list(split_layers(train(HookedBefore)[1])) == ["net.0", "net.3"]
 
 
 class Schedules(Net):
@@ -976,7 +976,7 @@ def two_summary():
 
 
 def test_model_summary_counts_one_ranks_share(two):
-    layers = sum(p.numel() for layer in phantom_layers(train(plain)[1]).values() for p in layer.parameters())
+    layers = sum(p.numel() for layer in split_layers(train(plain)[1]).values() for p in layer.parameters())
     whole = two_summary()
     assert two(two_summary) == [whole - layers // 2] * 2
 
@@ -1052,7 +1052,7 @@ def test_device_stats_monitor(tmp_path):
 
 
 def test_pruning_is_refused():
-    with pytest.raises(PhantomError, match="ModelPruning would prune a phantom layer's diagonal blocks"):
+    with pytest.raises(PhantomError, match="ModelPruning would prune each rank's share of a layer"):
         train(plain, callbacks=[ModelPruning("l1_unstructured", amount=0.5)])
 
 
@@ -1160,7 +1160,7 @@ def two_compile():
             resumed,
             dense,
             sorted(saved)[0],
-            len(phantom_layers(module)),
+            len(split_layers(module)),
             set(compiled),
         )
     return seen
@@ -1280,7 +1280,7 @@ def test_the_demo_transformer(tmp_path, wikitext):
         module = LightningTransformer(vocab_size=64)
         t = trainer(tmp_path, devices=1, strategy=PhantomStrategy(num_blocks=4, plan=plan), limit_train_batches=4)
         t.fit(module)
-        return list(phantom_layers(module))
+        return list(split_layers(module))
 
     blocks = [f"model.transformer.{part}.layers.{n}" for part in ("encoder", "decoder") for n in (0, 1)]
     assert fit(None) == [f"{block}.linear{n}" for block in blocks for n in (1, 2)]
@@ -1322,13 +1322,13 @@ def test_ranks_that_differ_are_named(two):
     for seen in two(two_replica_checks):
         assert seen["batches"] == (
             "PhantomError",
-            "the ranks of a phantom group got different training batches. They must load the same samples in the same "
+            "the ranks of one replica got different training batches. They must load the same samples in the same "
             "order and augment them alike: seed with seed_everything(..., workers=True), and let your own sampler use "
             "trainer.distributed_sampler_kwargs. First difference: 'batch[0]', ranks [0] against [1].",
         )
         assert seen["drift"] == (
             "PhantomError",
-            "the ranks of a phantom group hold different values of a parameter that they should share. Something in "
+            "the ranks of one replica hold different values of a parameter that they should share. Something in "
             "training_step or an optimizer hook depends on the rank or on an unseeded generator. First difference: "
             "'tail.1.bias', ranks [0] against [1].",
         )

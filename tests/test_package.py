@@ -18,20 +18,21 @@ from lightning_phantom.cli import main
 ROOT = Path(__file__).parent.parent
 # Each module imports only from those before it.
 ORDER = (
-    "errors launch rng files config cost comm convert chain fused layers proof ffn swap mesh gradients prepare "
-    "replicas checkpoint sharded saving strategy energy_report energy_meter energy_fit energy __init__ "
-    "predict measure recipe scale plan_command cli __main__"
+    "errors launch rng files config cost comm convert chain split fused layers parallel_linear proof ffn swap mesh "
+    "gradients prepare replicas checkpoint sharded saving base strategy tensor_parallel energy_report energy_meter "
+    "energy_fit energy __init__ predict measure recipe scale plan_command trial cli __main__"
 ).split()
 
 
 def test_public_names():
     assert set(lightning_phantom.__all__) == {
         *("EnergyMonitor", "PhantomConfig", "PhantomLinear", "PhantomStrategy"),
+        "TensorParallelStrategy",
         *("densify", "estimate_cost", "phantomize_", "plan_phantom"),
     }
     for name in lightning_phantom.__all__:
         assert getattr(lightning_phantom, name).__doc__
-    assert "phantom" in StrategyRegistry
+    assert {"phantom", "tensor_parallel"} <= set(StrategyRegistry)
 
 
 def test_importing_is_pure():

@@ -633,7 +633,7 @@ def test_dropout_used_twice_is_sharded_only_inside_the_chain():
             return self.drop(self.fc2(self.drop(torch.relu(self.fc1(x)))))
 
     plan = plan_phantom(Mlp(drop=nn.Dropout(0.5)), PhantomConfig(4))
-    assert plan.chains[0].dropouts == (("drop", (True, False)),)
+    assert plan.chains[0].dropouts == (("drop", (0, None)),)
     module = phantomize_(Mlp(drop=nn.Dropout(0.5)), PhantomConfig(4))
     x = torch.randn(64, 16)
     torch.manual_seed(3)

@@ -22,8 +22,8 @@ from training import Net, data, loader, quiet, trainer
 from lightning_phantom import PhantomLinear, PhantomStrategy
 from lightning_phantom.errors import CheckpointError, LayoutError, PhantomError, PlanError
 from lightning_phantom.gradients import clip_grad_norm_
-from lightning_phantom.layers import sharded_parameters
 from lightning_phantom.mesh import resolve_sizes
+from lightning_phantom.split import sharded_parameters
 
 
 def weights(module):
