@@ -150,8 +150,8 @@ def estimate_cost(
     if element_bytes is None:
         raise PhantomError(f"dtype={dtype!r}: choose one of {', '.join(ELEMENT_BYTES)}.")
     phantom = megatron = layerwise = Cost(0, 0, 0, 0, 0, 0)
-    row = False  # whether the next stage of the chain is the second of a Megatron pair
-    for layer in _as_layers(layers, entry_needs_grad):
+    chain = _as_layers(layers, entry_needs_grad)
+    for layer, in_pairs in zip(chain, layouts_in_pairs(chain), strict=True):
         if layer.in_features % num_blocks or layer.out_features % num_blocks:
             raise PhantomError(
                 f"a layer of {layer.in_features} -> {layer.out_features} features does not divide into "
@@ -159,11 +159,9 @@ def estimate_cost(
             )
         width = phantom_width if layer.phantom_width is None else layer.phantom_width
         k = resolve_phantom_width(width, layer.in_features, layer.out_features, num_blocks)
-        if not layer.shares_input:
-            row = layer.input_layout == "sharded" and not row
         group = _Group(num_ranks, tokens, element_bytes)
         phantom += _phantom(layer, group, num_blocks, k)
-        megatron += _megatron(layer, group, layer.in_pairs or _alternate(layer, row))
+        megatron += _megatron(layer, group, in_pairs)
         layerwise += _layerwise(layer, group)
     return CostEstimate(phantom, megatron, layerwise)
 
@@ -234,11 +232,14 @@ def _layerwise(layer: Layer, group: _Group) -> Cost:
     return _exact(layer, group, layer.out_features // group.num_ranks, layer_bytes, boundary_bytes, calls)
 
 
-def _alternate(layer: Layer, row: bool) -> tuple[str, str]:
-    """A layer's layouts in pairs, when it is the second of one, or not."""
-    if row:
-        return "sharded", "replicated"
-    return "replicated", layer.output_layout
+def layouts_in_pairs(layers: Sequence[Layer]) -> list[tuple[str, str]]:
+    """Input and output layout of each layer in Megatron's pairs of a column- and a row-parallel one."""
+    layouts, row = [], False  # row: whether this stage of the chain is the second of a pair
+    for layer in layers:
+        if not layer.shares_input:
+            row = layer.input_layout == "sharded" and not row
+        layouts.append(layer.in_pairs or (("sharded", "replicated") if row else ("replicated", layer.output_layout)))
+    return layouts
 
 
 def _megatron(layer: Layer, group: _Group, layouts: tuple[str, str]) -> Cost:

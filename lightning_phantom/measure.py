@@ -24,7 +24,7 @@ from lightning_phantom.comm import Ranks
 from lightning_phantom.cost import ELEMENT_BYTES, Layer
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers import PhantomLinear
-from lightning_phantom.predict import Machine, Work, exact_work, phantom_stages
+from lightning_phantom.predict import Group, Machine, Work, exact_stages, phantom_stages
 
 # features, blocks (1: dense), phantom width, tokens
 CALIBRATION = (
@@ -100,13 +100,13 @@ def _rate(seconds: float) -> float:
 
 
 def _timed_layer(features: int, p: int, k: int, tokens: int, kind: Any, group: dist.ProcessGroup) -> tuple[Work, float]:
-    n = features
+    n, alone = features, Group(1, tokens, 0)
     if p == 1:
         layer: nn.Module = nn.Linear(n, n, **kind)
-        work = exact_work(Layer(n, n), tokens, n, n)
+        stages = exact_stages(Layer(n, n), ("sharded", "sharded"), False, alone)
     else:
         layer = PhantomLinear(n, n, p, k, **kind)
-        work = sum((s.work for s in phantom_stages(Layer(n, n), p, k, 1, tokens, 0)), Work())
+        stages = phantom_stages(Layer(n, n), p, k, alone)
     x, grad = torch.randn(tokens, n, **kind).requires_grad_(), torch.randn(tokens, n, **kind)
 
     def step() -> None:
@@ -114,7 +114,7 @@ def _timed_layer(features: int, p: int, k: int, tokens: int, kind: Any, group: d
         x.grad = None
         layer(x).backward(grad)
 
-    return work, median_seconds(step, x, group)
+    return sum((stage.work for stage in stages), Work()), median_seconds(step, x, group)
 
 
 def _timed_collectives(elements: int, ranks: Ranks, kind: Any) -> tuple[int, float]:

@@ -8,10 +8,10 @@ latency_s`. A phantom layer's runs while the products with its diagonal blocks d
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_phantom.config import resolve_phantom_width
-from lightning_phantom.cost import ELEMENT_BYTES, Layer, estimate_cost
+from lightning_phantom.cost import ELEMENT_BYTES, Layer, layouts_in_pairs
 
 METHODS = ("dense", "tensor_parallel", "tensor_parallel_layerwise", "phantom")
 
@@ -71,11 +71,11 @@ def copy(elements: int) -> Work:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of a rank's step in which one collective may run beside some of the work.
+    """A stretch of a rank's step: work, or a collective and the work of another stretch that it is hidden behind.
 
     Attributes:
-        work: all of it.
-        hidden_behind: the part during which the collective runs.
+        work: what is done here.
+        hidden_behind: what is done elsewhere, while the collective runs.
         sent_bytes: bytes that this rank sends.
         calls: collectives issued.
     """
@@ -84,6 +84,23 @@ class Stage:
     hidden_behind: Work = Work()
     sent_bytes: int = 0
     calls: int = 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """R ranks and the activations that they exchange."""
+
+    num_ranks: int
+    tokens: int
+    element_bytes: int
+
+    def collective(self, width: int, behind: Work | None = None) -> Stage:
+        """An exchange of activations with `width` features in all, hidden behind some work; nothing for one rank."""
+        if self.num_ranks == 1:
+            return Stage(Work())
+        elements = width * self.tokens
+        sent = (self.num_ranks - 1) * elements * self.element_bytes // self.num_ranks
+        return Stage(copy(elements), behind or Work(), sent, 1)
 
 
 @dataclass(frozen=True)
@@ -119,17 +136,17 @@ def predict(
 
     The arguments are `estimate_cost`'s; `layers` come from `Plan.cost_layers`. Dense is one rank that does all of it.
     """
-    size = ELEMENT_BYTES[dtype]
+    group = Group(num_ranks, tokens, ELEMENT_BYTES[dtype])
     stages: dict[str, list[Stage]] = {method: [] for method in METHODS}
-    for layer in layers:
+    for layer, in_pairs in zip(layers, layouts_in_pairs(layers), strict=True):
         width = phantom_width if layer.phantom_width is None else layer.phantom_width
         k = resolve_phantom_width(width, layer.in_features, layer.out_features, num_blocks)
-        stages["phantom"] += phantom_stages(layer, num_blocks, k, num_ranks, tokens, size)
-        stages["dense"].append(Stage(exact_work(layer, tokens, layer.in_features, layer.out_features)))
-    for method, work in exact_by_style(layers, num_ranks, tokens).items():
-        cost = getattr(estimate_cost(layers, num_blocks, phantom_width, num_ranks, tokens, dtype), method)
-        stages[method].append(Stage(work, Work(), cost.sent_bytes, cost.calls))
-    return {method: step_time(stages[method], machine, size) for method in METHODS}
+        as_it_is = (layer.input_layout, layer.output_layout)
+        stages["dense"] += exact_stages(layer, as_it_is, False, replace(group, num_ranks=1))
+        stages["tensor_parallel"] += exact_stages(layer, in_pairs, in_pairs == ("sharded", "replicated"), group)
+        stages["tensor_parallel_layerwise"] += exact_stages(layer, as_it_is, False, group)
+        stages["phantom"] += phantom_stages(layer, num_blocks, k, group)
+    return {method: step_time(stages[method], machine, group.element_bytes) for method in METHODS}
 
 
 def step_time(stages: Iterable[Stage], machine: Machine, element_bytes: int) -> StepTime:
@@ -144,44 +161,35 @@ def step_time(stages: Iterable[Stage], machine: Machine, element_bytes: int) -> 
     return StepTime(compute, communication, waited)
 
 
-def exact_work(layer: Layer, tokens: int, in_here: int, out_here: int) -> Work:
-    """Forward and backward of a dense [out_here, in_here] weight."""
+def exact_stages(layer: Layer, layouts: tuple[str, str], row: bool, group: Group) -> list[Stage]:
+    """Forward and backward of a dense layer cut by row or by column, in the words of `parallel_linear.py`."""
+    ranks, tokens, several = group.num_ranks, group.tokens, group.num_ranks > 1
+    in_here, out_here = layer.in_features, layer.out_features
+    in_here, out_here = (in_here // ranks, out_here) if row else (in_here, out_here // ranks)
     forward = product(1, tokens, in_here, out_here)
     weight_grad = product(1, out_here, tokens, in_here)
-    input_grad = product(1, tokens, out_here, in_here) if layer.needs_input_grad else Work()
-    return forward + weight_grad + input_grad + copy(tokens * out_here)
+    backward = weight_grad + copy(tokens * out_here)
+    if layer.needs_input_grad:
+        backward += product(1, tokens, out_here, in_here)
+    if row:
+        return [Stage(forward), group.collective(2 * layer.out_features), Stage(backward)]
+    gathered = several and layouts[0] == "sharded"
+    stages = [Stage(forward), Stage(backward)]
+    if gathered and not layer.shares_input:
+        own_share = product(1, tokens, in_here // ranks, out_here)
+        stages.append(group.collective(layer.in_features, behind=own_share))
+    if layer.needs_input_grad and not layer.shares_input:
+        passes = 1 if gathered else 2
+        stages.append(group.collective(passes * layer.in_features, behind=weight_grad))
+    if layouts[1] == "replicated":
+        stages.append(group.collective(layer.out_features))
+    return stages
 
 
-def exact_by_style(layers: Sequence[Layer], num_ranks: int, tokens: int) -> dict[str, Work]:
-    """The work of tensor parallelism in Megatron's pairs and layer-wise; they differ in what a rank's products see."""
-    megatron = layerwise = Work()
-    row = False
-    for layer in layers:
-        if not layer.shares_input:
-            row = layer.input_layout == "sharded" and not row
-        in_here, out_here = layer.in_features, layer.out_features // num_ranks
-        layerwise += exact_work(layer, tokens, in_here, out_here)
-        if row:
-            in_here, out_here = layer.in_features // num_ranks, layer.out_features
-        megatron += exact_work(layer, tokens, in_here, out_here)
-        if num_ranks > 1:  # an activation is laid out anew where it is gathered, a sum made where it is reduced
-            layerwise += copy(tokens * layer.in_features) + copy(tokens * layer.in_features)
-            megatron += copy(tokens * (layer.out_features if row else layer.in_features))
-    return {"tensor_parallel": megatron, "tensor_parallel_layerwise": layerwise}
-
-
-def phantom_stages(
-    layer: Layer, num_blocks: int, k: int, num_ranks: int, tokens: int, element_bytes: int
-) -> list[Stage]:
+def phantom_stages(layer: Layer, num_blocks: int, k: int, group: Group) -> list[Stage]:
     """Forward and backward of a phantom layer, in the words of `layers.py`."""
-    p, q = num_blocks, num_blocks // num_ranks
+    p, q, tokens = num_blocks, num_blocks // group.num_ranks, group.tokens
     m_in, m_out, others = layer.in_features // p, layer.out_features // p, (p - 1) * k
-
-    def ring(width: int) -> int:
-        return (num_ranks - 1) * width * tokens * element_bytes // num_ranks
-
-    several = num_ranks > 1
-    own, both = not layer.shares_input, several and not layer.shares_input
     local = product(q, tokens, m_in, m_out)  # L x
     forward = product(q, tokens, m_in, k) + local + product(q, tokens, others, m_out)
     forward += copy(tokens * p * k) + copy(q * tokens * others) + copy(tokens * q * m_out)
@@ -192,12 +200,11 @@ def phantom_stages(
     rest = product(q, k, tokens, m_in) + copy(tokens * q * m_out)  # dC and db
     if layer.needs_input_grad:
         rest += product(q, tokens, k, m_in)  # C^T h
-    stages = [
-        Stage(forward, local, ring(p * k) * own, int(both)),
-        Stage(latents + factors + rest, factors, ring(p * k) * own, int(both)),
-    ]
-    if layer.output_layout == "replicated" and several:
-        stages.append(Stage(copy(tokens * layer.out_features), Work(), ring(layer.out_features), 1))
-    if layer.input_layout == "replicated" and several and own and layer.needs_input_grad:
-        stages.append(Stage(copy(tokens * layer.in_features), Work(), ring(layer.in_features), 1))
+    stages = [Stage(forward), Stage(latents + factors + rest)]
+    if not layer.shares_input:
+        stages += [group.collective(p * k, behind=local), group.collective(p * k, behind=factors)]
+        if layer.input_layout == "replicated" and layer.needs_input_grad:
+            stages.append(group.collective(layer.in_features))
+    if layer.output_layout == "replicated":
+        stages.append(group.collective(layer.out_features))
     return stages

@@ -23,6 +23,7 @@ class Scale:
 
     Attributes:
         plan: what would be swapped.
+        num_blocks: p.
         num_ranks: R.
         tokens: rows of the activations of one step on these ranks.
         dtype: type of the activations.
@@ -31,16 +32,12 @@ class Scale:
     """
 
     plan: Plan
+    num_blocks: int
     num_ranks: int
     tokens: int
     dtype: str
     costs: dict[str, Cost]
     times: dict[str, StepTime]
-
-    @property
-    def num_blocks(self) -> int:
-        """Number of blocks p."""
-        return self.plan.config.num_blocks
 
     @property
     def fastest_tp(self) -> str:
@@ -88,7 +85,7 @@ def scale(module: nn.Module, config: PhantomConfig, num_ranks: int, tokens: int,
     estimate = estimate_cost(layers, *arguments, dtype)
     dense = estimate_cost(layers, config.num_blocks, config.phantom_width, 1, tokens, dtype).tensor_parallel
     costs = {"dense": dense} | {method: getattr(estimate, method) for method in METHODS[1:]}
-    return Scale(plan, num_ranks, tokens, dtype, costs, predict(layers, *arguments, machine, dtype))
+    return Scale(plan, config.num_blocks, num_ranks, tokens, dtype, costs, predict(layers, *arguments, machine, dtype))
 
 
 def sweep(
