@@ -5,34 +5,29 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.distributed import _sync_ddp_if_available
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch import nn
 
-from lightning_phantom.comm import broadcast, gather_copies
+from lightning_phantom.comm import broadcast
 from lightning_phantom.config import is_int
 from lightning_phantom.errors import PhantomError, PlanError
 from lightning_phantom.ffn import Plan
-from lightning_phantom.gradients import agree_on_inf, check_optimizers, clip_grad_norm_
+from lightning_phantom.gradients import agree_on_inf, check_optimizers
 from lightning_phantom.launch import PhantomLauncher
-from lightning_phantom.mesh import Mesh, Sizes, make_mesh
+from lightning_phantom.mesh import Sizes, make_mesh
 from lightning_phantom.prepare import (
     check_trainer,
     check_update_rules,
@@ -40,15 +35,15 @@ from lightning_phantom.prepare import (
     give_back_groups,
     materialise,
 )
-from lightning_phantom.replicas import ReplicaCheck, realign
-from lightning_phantom.saving import CheckpointingStrategy
-from lightning_phantom.split import Split, SplitLinear, sharded_parameters, split_layers
+from lightning_phantom.replicas import ReplicaCheck
+from lightning_phantom.running import RunningStrategy
+from lightning_phantom.split import SplitLinear, sharded_parameters, split_layers
 from lightning_phantom.swap import carry_out, nothing_qualifies
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
-class SplitStrategy(CheckpointingStrategy):
+class SplitStrategy(RunningStrategy):
     """Trains an unchanged LightningModule whose feed-forward linears are split over ranks.
 
     Each group of R ranks holds one replica of the model: the layers that a plan names split between them, the rest
@@ -99,15 +94,10 @@ class SplitStrategy(CheckpointingStrategy):
             raise PhantomError(f"state_dict_type={state_dict_type!r}: choose 'full' or 'sharded'.")
         if check_replicas not in ("auto", True, False):
             raise PhantomError(f"check_replicas={check_replicas!r}: choose 'auto', True or False.")
-        super().__init__(state_dict_type, weights_only, checkpoint_io, timeout=timeout, **kwargs)
+        super().__init__(bool(check_replicas), state_dict_type, weights_only, checkpoint_io, timeout=timeout, **kwargs)
         self._size = size
         self._data_parallel_size = data_parallel_size
-        self._check_replicas = bool(check_replicas)
-        self._check: ReplicaCheck | None = None
-        self._mesh: Mesh | None = None
         self._seed: int | None = None
-        self._sharded: dict[int, Split] = {}
-        self._frozen: list[nn.Parameter] = []
         self.plan: Plan | None = None
         self._planned: L.LightningModule | None = None
 
@@ -129,35 +119,6 @@ class SplitStrategy(CheckpointingStrategy):
     def _check_layer(self, name: str, layer: SplitLinear, config: Any) -> None:
         """Raise PhantomError if a layer that is split already is none that this strategy would make."""
         raise NotImplementedError
-
-    # Where this rank stands
-
-    @property
-    def mesh(self) -> Mesh:  # type: ignore[override]
-        """This rank's groups, once the processes have found each other."""
-        if self._mesh is None:
-            raise PhantomError("the ranks have not met yet: groups exist from the Trainer's first run on.")
-        return self._mesh
-
-    @property
-    def data_parallel_size(self) -> int:
-        """D: how many different batches a step sees. `trainer.world_size` counts every rank, R * D."""
-        return self.mesh.data_parallel.size
-
-    @property
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Ranks of one replica read the same samples."""
-        return {"num_replicas": self.data_parallel_size, "rank": self.mesh.data_parallel.rank}
-
-    def process_dataloader(self, dataloader: object) -> object:
-        """Seed the workers by the replica, so that ranks of one replica augment alike."""
-        if (
-            isinstance(dataloader, DataLoader)
-            and dataloader.worker_init_fn is None
-            and int(os.environ.get("PL_SEED_WORKERS", 0))
-        ):
-            dataloader.worker_init_fn = partial(pl_worker_init_function, rank=self.mesh.data_parallel.rank)
-        return super().process_dataloader(dataloader)
 
     # Start of a run
 
@@ -248,15 +209,6 @@ class SplitStrategy(CheckpointingStrategy):
         finally:
             self._lightning_module = module
 
-    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        self._frozen = [p for p in model.parameters() if not p.requires_grad]
-        return DistributedDataParallel(
-            model,
-            device_ids=self.determine_ddp_device_ids(),
-            process_group=self.mesh.data_parallel.group,
-            **self._ddp_kwargs,
-        )
-
     def _agree_on_seed(self) -> None:
         """Start every rank from one seed when the user set none: replicated dropout must fall alike."""
         if self._seed is None:
@@ -300,81 +252,6 @@ class SplitStrategy(CheckpointingStrategy):
         for tensor in (*self.lightning_module.parameters(), *self.lightning_module.buffers()):
             if id(tensor) not in sharded:
                 tensor.copy_(broadcast(tensor, dist.group.WORLD))
-
-    # Across ranks, during a run
-
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Reduce over the replicas by default: the ranks of one replica hold the same value."""
-        if not isinstance(tensor, Tensor):
-            return tensor
-        return _sync_ddp_if_available(tensor, group or self.mesh.data_parallel.group, reduce_op=reduce_op)
-
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Gather from the replicas by default, which `LightningModule.all_gather` words as the whole world."""
-        if group is None or group is dist.group.WORLD:
-            group = self.mesh.data_parallel.group
-        with nullcontext() if sync_grads else torch.no_grad():
-            return gather_copies(tensor, group)
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Agree over every rank of the job."""
-        votes = torch.tensor(int(decision), device=self.root_device)
-        dist.all_reduce(votes)
-        return int(votes) == self.world_size if all else bool(votes)
-
-    def on_validation_start(self) -> None:
-        """Take out what atomics on an accelerator have put between the replicated parameters."""
-        self._realign()
-        super().on_validation_start()
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Save as one file or as a directory; every rank calls it."""
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-        self._realign()
-
-    def _realign(self) -> None:
-        assert self.lightning_module is not None
-        if self._check is not None and self.root_device.type != "cpu" and not self.lightning_module.trainer.interrupted:
-            realign(self.lightning_module, self.optimizers, self.mesh.phantom)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's step, after checking that ranks which must agree do."""
-        if self._check is not None and self.lightning_module is not None:
-            self._check.step(self.lightning_module)
-        if any(p.requires_grad for p in self._frozen):
-            # A finetuning callback has unfrozen what DistributedDataParallel found frozen and would not average.
-            self.model = self.lightning_module
-            self.configure_ddp()
-        return super().training_step(*self._checked("training", args), **kwargs)
-
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's step on batches that agree."""
-        return super().validation_step(*self._checked("validation", args), **kwargs)
-
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's step on batches that agree."""
-        return super().test_step(*self._checked("test", args), **kwargs)
-
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's step on batches that agree."""
-        return super().predict_step(*self._checked("prediction", args), **kwargs)
-
-    def _checked(self, kind: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if self._check is not None and args:
-            self._check.batch(kind, args[0])
-        return args
-
-    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """`torch.nn.utils.clip_grad_norm_` over the whole model; for a `configure_gradient_clipping` of your own.
-
-        Returns:
-            The norm before clipping, equal on every rank.
-        """
-        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        return clip_grad_norm_(parameters, max_norm, self._sharded, norm_type)
-
-    def _clip_by_norm(self, optimizer: Any, clip_val: float) -> None:
-        self.clip_grad_norm_(self.precision_plugin.main_params(optimizer), clip_val)
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

@@ -75,8 +75,7 @@ def take_share(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, An
             target = target[key]
         for base, layer in _layers_named(module, entry["tensors"]).items():
             for name, tensor in _tensors_of(layer, base, entry["tensors"]).items():
-                split = layer.split_of(name)
-                target[base + name] = tensor if split is None else split.take(tensor)
+                target[base + name] = layer.share_of(name, tensor)
     return local
 
 

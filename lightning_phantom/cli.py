@@ -4,6 +4,7 @@ lightning-phantom fit --config run.yaml
 lightning-phantom fit --config run.yaml --trainer.strategy PhantomStrategy --trainer.strategy.num_blocks 8
 lightning-phantom validate --config run.yaml --ckpt_path best.ckpt
 lightning-phantom plan --config run.yaml
+lightning-phantom compare --config run.yaml --ranks 2
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lightning_phantom.errors import PhantomError
 # Commands beside Lightning's own: the module whose `main(args)` runs each, and what it does.
 COMMANDS = {
     "plan": ("lightning_phantom.plan_command", "what would be swapped, and its cost against tensor parallelism"),
+    "compare": ("lightning_phantom.compare", "phantom, tensor parallel and dense training, measured side by side"),
 }
 
 

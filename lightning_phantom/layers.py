@@ -154,7 +154,7 @@ class PhantomLinear(SplitLinear):
         if weight is not None:
             state.update(zip(FACTORS, from_dense(weight, self.blocks, self.ranks), strict=True))
         if bias is not None:
-            state["bias"] = bias[self.ranks.slice_of(self.out_features)]
+            state["bias"] = self.share_of("bias", bias)
         return state
 
     def dense_from(self, tensors: Mapping[str, Tensor]) -> Tensor:

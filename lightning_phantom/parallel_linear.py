@@ -118,12 +118,7 @@ class ParallelLinear(SplitLinear):
     def local_state(self, weight: Tensor | None, bias: Tensor | None) -> dict[str, Tensor]:
         """This rank's share of a dense weight [out, in] and bias [out]."""
         given = {"weight": weight, "bias": bias}
-        splits = {name: self.split_of(name) for name in given}
-        return {
-            name: whole if (split := splits[name]) is None else split.take(whole)
-            for name, whole in given.items()
-            if whole is not None
-        }
+        return {name: self.share_of(name, whole) for name, whole in given.items() if whole is not None}
 
     def dense_from(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The dense weight [out, in], which is the whole parameter itself."""
@@ -153,21 +148,19 @@ class _Multiply(torch.autograd.Function):
         shares = ranks.size if gathered else 1
         arriving = ranks.all_gather(x) if gathered else lambda: x.unsqueeze(0)
 
-        zs = [
-            x @ _columns(weight, shares)[mine].mT
-            if bias is None or cut == "row"
-            else torch.addmm(bias, x, _columns(weight, shares)[mine].mT)
-            for weight, bias in layers
-        ]
-        sums = [ranks.sum(z) for z in zs] if cut == "row" else []
+        zs, sums = [], []
+        for weight, bias in layers:
+            own = _columns(weight, shares)[mine].mT
+            zs.append(x @ own if bias is None or cut == "row" else torch.addmm(bias, x, own))
+            sums.append(ranks.sum(zs[-1]) if cut == "row" else None)
         xs = arriving()
-        for s in (s for s in range(shares) if s != mine):
-            for (weight, _), z in zip(layers, zs, strict=True):
+        for (weight, bias), z, summed in zip(layers, zs, sums, strict=True):
+            for s in (s for s in range(shares) if s != mine):
                 torch.addmm(z, xs[s], _columns(weight, shares)[s].mT, out=z)
-        for (_, bias), summed in zip(layers, sums, strict=False):
-            z = summed()
-            if bias is not None:
-                z += bias
+            if summed is not None:
+                summed()
+                if bias is not None:
+                    z += bias
 
         ctx.ranks, ctx.cut, ctx.gathered = ranks, cut, gathered
         ctx.save_for_backward(xs, *factors[::2])

@@ -14,8 +14,9 @@ from lightning_phantom.cost import ELEMENT_BYTES
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.measure import measure_here
 from lightning_phantom.predict import METHODS, Machine
-from lightning_phantom.recipe import Recipe
+from lightning_phantom.recipe import Recipe, phantom_width
 from lightning_phantom.scale import Scale, best, scale, stops_paying, sweep
+from lightning_phantom.strategy import PhantomStrategy
 
 LABELS = {
     "dense": "dense, one rank",
@@ -78,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-blocks", type=int, metavar="P", help="number of blocks p (default: the config's, else the ranks')")
     add(
         "--phantom-width",
-        type=_width,
+        type=phantom_width,
         metavar="K",
         help="k, or a fraction of the block width like 0.25 (default: the config's, else 0.25)",
     )
@@ -98,10 +99,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _width(text: str) -> int | float:
-    return float(text) if "." in text or "e" in text.lower() else int(text)
-
-
 def _check(options: argparse.Namespace) -> None:
     for name in ("flops", "bandwidth", "latency", "tokens", "ranks"):
         value = getattr(options, name)
@@ -111,7 +108,8 @@ def _check(options: argparse.Namespace) -> None:
 
 def request(options: argparse.Namespace, recipe: Recipe) -> tuple[PhantomConfig, int]:
     """What to plan, and for how many ranks: from the options, else from the config's Trainer and strategy."""
-    given = {name: recipe.strategy_argument(name) for name in ("num_blocks", "phantom_width", "plan", "init")}
+    of_strategy = recipe.strategy_arguments(PhantomStrategy)
+    given = {name: of_strategy.get(name) for name in ("num_blocks", "phantom_width", "plan", "init")}
     given.update({name: value for name in ("num_blocks", "phantom_width") if (value := getattr(options, name))})
     ranks, blocks = options.ranks, given.pop("num_blocks")
     if ranks is None:

@@ -58,10 +58,13 @@ class Recipe(LightningCLI):
         made = self.parser.instantiate_classes(Namespace(trainer=settings))["trainer"]
         return L.Trainer(**{**made, **changes})
 
-    def strategy_argument(self, name: str) -> Any:
-        """What the config gives the strategy as this argument; None where it gives nothing."""
+    def strategy_arguments(self, strategy_class: type) -> dict[str, Any]:
+        """What the config gives its strategy, if it is of this class."""
         strategy = self.config.trainer.strategy
-        return strategy.init_args.get(name) if isinstance(strategy, Namespace) and "init_args" in strategy else None
+        if not isinstance(strategy, Namespace) or strategy.class_path.rpartition(".")[2] != strategy_class.__name__:
+            return {}
+        given = {name: value for name, value in strategy.get("init_args", {}).items() if value is not None}
+        return given | strategy.get("dict_kwargs", {})
 
     @property
     def seed(self) -> int:
@@ -78,3 +81,8 @@ class Recipe(LightningCLI):
 
     def _make(self, part: str) -> Any:
         return self.parser.instantiate_classes(Namespace(**{part: self.config[part]}))[part]
+
+
+def phantom_width(text: str) -> int | float:
+    """A phantom width on a command line: 1 is an int, 1.0 a fraction."""
+    return int(text) if text.lstrip("+-").isdigit() else float(text)

@@ -129,6 +129,11 @@ class SplitLinear(nn.Linear):
         dim = self.split_dims.get(name)
         return None if dim is None else Split(self.ranks, dim)
 
+    def share_of(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's share of the whole parameter `name`."""
+        split = self.split_of(name)
+        return whole if split is None else split.take(whole)
+
     @torch.no_grad()
     def global_tensor(self, name: str) -> Tensor:
         """Return the parameter `name` of all ranks together; collective when R > 1."""

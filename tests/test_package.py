@@ -19,8 +19,9 @@ ROOT = Path(__file__).parent.parent
 # Each module imports only from those before it.
 ORDER = (
     "errors launch rng files config cost comm convert chain split fused layers parallel_linear proof ffn swap mesh "
-    "gradients prepare replicas checkpoint sharded saving base strategy tensor_parallel energy_report energy_meter "
-    "energy_fit energy __init__ predict measure recipe scale plan_command trial cli __main__"
+    "gradients prepare replicas checkpoint sharded saving running base strategy tensor_parallel energy_report "
+    "energy_meter energy_fit energy __init__ predict measure recipe scale simulate plan_command trial compare_options "
+    "compare_report compare_show compare cli __main__"
 ).split()
 
 
@@ -155,7 +156,7 @@ def blocks(language):
 
 def test_readme_python_runs():
     ran = [exec(compile(block, "README.md", "exec"), {}) for block in blocks("python") if "MyModule" not in block]
-    assert len(ran) == 2
+    assert len(ran) == 3
 
 
 def test_readme_yaml_is_accepted(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.flop_counter import FlopCounterMode
 from training import Net, data, loader, trainer
 
@@ -294,11 +295,19 @@ def details(group):
 
 
 class Seen(Net):
-    """Net without dropout, which keeps the norm of each step's gradients before they are clipped."""
+    """Net without dropout, which keeps the norm of each step's gradients, and sees data in the same order anywhere."""
+
+    rows = 8  # of all replicas together in a step
 
     def __init__(self, **kwargs):
         super().__init__(**{"dropout": 0.0, "optimizer": torch.optim.AdamW, "lr": 0.01, **kwargs})
         self.norms = []
+
+    def train_dataloader(self):
+        rows = data(32, self.norm.weight.dtype)
+        replicas = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        sampler = DistributedSampler(rows, shuffle=False, **replicas)
+        return DataLoader(rows, self.rows // replicas["num_replicas"], sampler=sampler)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         clip = getattr(self.trainer.strategy, "clip_grad_norm_", torch.nn.utils.clip_grad_norm_)
@@ -311,12 +320,13 @@ def shared_folder():
     return folder[0]
 
 
-def fit(folder, strategy, dtype=torch.float64, batch_size=8, ckpt_path=None, module=None, **kwargs):
+def fit(folder, strategy, dtype=torch.float64, ckpt_path=None, module=None, **kwargs):
     L.seed_everything(1, verbose=False)
     module = Seen() if module is None else module
     precision = "64-true" if dtype == torch.float64 else "32-true"
-    t = trainer(folder, strategy=strategy, precision=precision, gradient_clip_val=0.3, **{"max_epochs": 2, **kwargs})
-    t.fit(module, loader(32, batch_size, dtype=dtype, shuffle=True), ckpt_path=ckpt_path)
+    options = {"precision": precision, "gradient_clip_val": 0.3, "max_epochs": 2, "use_distributed_sampler": False}
+    t = trainer(folder, strategy=strategy, **{**options, **kwargs})
+    t.fit(module, ckpt_path=ckpt_path)
     return module, t
 
 
@@ -329,7 +339,7 @@ def on_ranks(sizes):
     replicas = sizes.get("data_parallel_size", 1)
     for style, dtype in itertools.product(STYLES, (torch.float64, torch.float32)):
         strategy = TensorParallelStrategy(style=style, **sizes)
-        module, _ = fit(shared_folder(), strategy, dtype, 8 // replicas)
+        module, _ = fit(shared_folder(), strategy, dtype)
         assert len(split_layers(module)) == 3
         assert (strategy.tensor_parallel_size, strategy.data_parallel_size) == (
             dist.get_world_size() // replicas,
@@ -515,7 +525,7 @@ def test_names_and_refusals(tmp_path):
     class Plain(Net):
         def __init__(self):
             super().__init__()
-            self.net = nn.Linear(16, 16)
+            self.net = nn.Identity()
 
     with pytest.raises(PlanError, match="nothing in Plain qualifies for tensor parallelism"):
         one(tmp_path).fit(Plain(), loader())
