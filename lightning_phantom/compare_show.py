@@ -17,7 +17,8 @@ def show(result: Mapping[str, Any]) -> None:
     where, request = result["environment"], result["request"]
     hosts = f"{where['hosts']} host{'s' * (where['hosts'] > 1)}"
     table = Table(
-        title=f"{where['ranks']} ranks on {hosts}, {request['rounds']} rounds of {request['steps']} steps after {request['warmup']}: medians, and the lowest and highest round",
+        title=f"{where['ranks']} ranks on {hosts}, {request['rounds']} rounds of "
+        f"{request['steps']} steps after {request['warmup']}: medians, and the lowest and highest round",
         title_justify="left",
     )
     table.add_column("")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,14 @@ from typing import Any
 from lightning_phantom.config import PhantomConfig
 from lightning_phantom.cost import ELEMENT_BYTES
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.ffn import plan_phantom
 from lightning_phantom.measure import measure_here
 from lightning_phantom.predict import METHODS, Machine
 from lightning_phantom.recipe import Recipe, phantom_width
-from lightning_phantom.scale import Scale, best, scale, stops_paying, sweep
+from lightning_phantom.scale import Scale, Setting, best, stops_paying
+from lightning_phantom.simulate import Simulated, simulate
 from lightning_phantom.strategy import PhantomStrategy
+from lightning_phantom.swap import nothing_qualifies
 
 LABELS = {
     "dense": "dense, one rank",
@@ -45,14 +48,14 @@ def main(args: Sequence[str]) -> None:
     _check(options)
     recipe = Recipe(rest if options.config is None else ["--config", options.config, *rest], "lightning-phantom plan")
     config, num_ranks = request(options, recipe)
-    module = recipe.make_module()
+    plan = plan_phantom(module := recipe.make_module(), config)
+    if not plan.swapped:
+        raise nothing_qualifies(module, plan)
+    layers = tuple(plan.cost_layers())
     machine, origin = _machine(options, num_ranks)
-    arguments = (options.tokens, options.dtype, machine)
-    here = scale(module, config, num_ranks, *arguments)
-    same_ranks, one_block = sweep(module, config, *arguments, num_ranks), sweep(module, config, *arguments)
-    print(here.plan)
-    _print(_cost_table(here, origin), _sweep_table(same_ranks, one_block, here))
-    print(_verdict(same_ranks, one_block, num_ranks))
+    setting = Setting(layers, config.phantom_width, options.tokens, options.dtype, machine)
+    here = setting.scale(config.num_blocks, num_ranks)
+    same_ranks, one_block = setting.sweep(num_ranks), setting.sweep()
     result: dict[str, Any] = {
         "config": {"num_blocks": config.num_blocks, "phantom_width": config.phantom_width, "num_ranks": num_ranks}
         | {"tokens": options.tokens, "dtype": options.dtype},
@@ -62,6 +65,16 @@ def main(args: Sequence[str]) -> None:
         "sweep_same_ranks": [row.as_dict() for row in same_ranks],
         "sweep_one_block_a_rank": [row.as_dict() for row in one_block],
     }
+    print(plan)
+    _print(_cost_table(here, origin), _sweep_table(same_ranks, one_block, here))
+    print(_verdict(same_ranks, one_block, num_ranks))
+    if options.simulate_ranks is not None:
+        blocks = options.num_blocks or options.simulate_ranks
+        wide = setting.scale(blocks, options.simulate_ranks)
+        shares = [replace(layer, phantom_width=setting.width(layer, blocks)) for layer in layers]
+        measured = simulate(shares, blocks, wide.num_ranks, options.tokens, options.dtype)
+        _print(_simulation_table(wide, measured))
+        result["simulation"] = wide.as_dict() | {"measured": {m: asdict(one) for m, one in measured.items()}}
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
 
@@ -95,15 +108,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--flops", type=float, metavar="RATE", help="FLOP/s of one rank in large products (default: measured)")
     add("--bandwidth", type=float, metavar="GB/s", help="what one rank sends, in GB/s (default: measured)")
     add("--latency", type=float, metavar="S", help="seconds of a collective that sends nothing (default: measured)")
+    add(
+        "--simulate-ranks",
+        type=int,
+        metavar="R",
+        help="also run one rank's real share of the work among R ranks, without the others; p = R, or --num-blocks",
+    )
     add("--json", metavar="FILE", help="write all numbers there")
     return parser
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name in ("flops", "bandwidth", "latency", "tokens", "ranks"):
+    for name in ("flops", "bandwidth", "latency", "tokens", "ranks", "simulate_ranks"):
         value = getattr(options, name)
         if value is not None and not value > 0:
-            raise PhantomError(f"--{name} {value}: needs a number above 0.")
+            raise PhantomError(f"--{name.replace('_', '-')} {value}: needs a number above 0.")
 
 
 def request(options: argparse.Namespace, recipe: Recipe) -> tuple[PhantomConfig, int]:
@@ -141,7 +160,7 @@ def _cost_table(here: Scale, origin: dict[str, str]) -> Any:
     from rich.table import Table
 
     title = (
-        f"A step of the {len(here.plan.swapped)} linears, per rank: {here.num_ranks} ranks, p={here.num_blocks}, "
+        f"A step of the linears to be swapped, per rank: {here.num_ranks} ranks, p={here.num_blocks}, "
         f"{here.tokens:,} tokens, {here.dtype}"
     )
     table = Table(title=title, title_justify="left")
@@ -170,6 +189,33 @@ def _cost_table(here: Scale, origin: dict[str, str]) -> Any:
     return table
 
 
+def _simulation_table(wide: Scale, measured: Mapping[str, Simulated]) -> Any:
+    from rich.table import Table
+
+    title = f"One of {wide.num_ranks} ranks, p={wide.num_blocks}: run here, the others left out"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for heading in ("weights", "compute ms", "predicted", "MB of tensors", "MB resident", "MB sent", "predicted"):
+        table.add_column(heading, justify="right")
+    for method, one in measured.items():
+        table.add_row(
+            LABELS[method],
+            f"{one.weights:,}",
+            f"{1e3 * one.compute_s:.2f}",
+            f"{1e3 * wide.times[method].compute_s:.2f}",
+            f"{one.tensor_bytes / 1e6:.1f}",
+            "-" if one.peak_bytes is None else f"{one.peak_bytes / 1e6:.1f}",
+            f"{one.sent_bytes / 1e6:.3f}",
+            f"{wide.costs[method].sent_bytes / 1e6:.3f}",
+        )
+    table.caption = (
+        "Tensors: weights, gradients and what the forward saves, by their shapes. Resident: the process's high-water "
+        "mark above what it held before, with temporary and freed memory. MB sent: what a rank of a ring sends."
+    )
+    table.caption_justify = "left"
+    return table
+
+
 def _sweep_table(same_ranks: Sequence[Scale], one_block: Sequence[Scale], here: Scale) -> Any:
     from rich.table import Table
 
@@ -178,7 +224,7 @@ def _sweep_table(same_ranks: Sequence[Scale], one_block: Sequence[Scale], here: 
         table.add_column(heading, justify="right")
     on_same = {row.num_blocks: row for row in same_ranks}
     for row in one_block:
-        widths = sorted({layer.phantom_width or 0 for layer in row.plan.swapped})
+        widths = row.phantom_widths
         same = on_same.get(row.num_blocks)
         table.add_row(
             str(row.num_blocks),
@@ -209,7 +255,7 @@ def _verdict(same_ranks: Sequence[Scale], one_block: Sequence[Scale], num_ranks:
         lines.append(f"Work and bytes stay below TP's up to p={one_block[-1].num_blocks}.")
     elif end is not None:
         what = "work" if (end.ratio("flops") or 0) >= 1 else "bytes sent"
-        lines.append(f"It stops paying at p={end.num_blocks}: there its {what} exceed TP's.")
+        lines.append(f"It stops paying at p={end.num_blocks}: there its {what} reach TP's.")
     return "\n".join(lines)
 
 

@@ -80,7 +80,7 @@ class Stage:
         calls: collectives issued.
     """
 
-    work: Work
+    work: Work = Work()
     hidden_behind: Work = Work()
     sent_bytes: int = 0
     calls: int = 0
@@ -97,10 +97,10 @@ class Group:
     def collective(self, width: int, behind: Work | None = None) -> Stage:
         """An exchange of activations with `width` features in all, hidden behind some work; nothing for one rank."""
         if self.num_ranks == 1:
-            return Stage(Work())
+            return Stage()
         elements = width * self.tokens
         sent = (self.num_ranks - 1) * elements * self.element_bytes // self.num_ranks
-        return Stage(copy(elements), behind or Work(), sent, 1)
+        return Stage(Work(), behind or Work(), sent, 1)
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,8 @@ class Recipe(LightningCLI):
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
             super().__init__(
                 L.LightningModule,
-                L.LightningDataModule,
+                None,  # any data, or none: a module may bring its own
                 subclass_mode_model=True,
-                subclass_mode_data=True,
                 save_config_callback=None,
                 parser_kwargs={"prog": prog},
                 args=list(args),

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import nn
-
-from lightning_phantom.config import PhantomConfig
-from lightning_phantom.cost import Cost, estimate_cost
+from lightning_phantom.config import resolve_phantom_width
+from lightning_phantom.cost import Cost, Layer, estimate_cost
 from lightning_phantom.errors import PhantomError
-from lightning_phantom.ffn import Plan, plan_phantom
 from lightning_phantom.predict import METHODS, Machine, StepTime, predict
 
 MOST_BLOCKS = 4096
@@ -22,8 +19,8 @@ class Scale:
     """The feed-forward part of a step on so many ranks.
 
     Attributes:
-        plan: what would be swapped.
         num_blocks: p.
+        phantom_widths: each k that a layer has.
         num_ranks: R.
         tokens: rows of the activations of one step on these ranks.
         dtype: type of the activations.
@@ -31,8 +28,8 @@ class Scale:
         times: the predicted step, by method.
     """
 
-    plan: Plan
     num_blocks: int
+    phantom_widths: tuple[int, ...]
     num_ranks: int
     tokens: int
     dtype: str
@@ -59,8 +56,7 @@ class Scale:
         return {
             "num_blocks": self.num_blocks,
             "num_ranks": self.num_ranks,
-            "swapped": len(self.plan.swapped),
-            "phantom_widths": sorted({layer.phantom_width for layer in self.plan.swapped}),
+            "phantom_widths": self.phantom_widths,
             "methods": {
                 m: {**asdict(self.costs[m]), "flops": self.costs[m].flops, "sent_bytes": self.costs[m].sent_bytes}
                 | {**asdict(self.times[m]), "step_s": self.times[m].seconds}
@@ -71,43 +67,62 @@ class Scale:
         }
 
 
-def scale(module: nn.Module, config: PhantomConfig, num_ranks: int, tokens: int, dtype: str, machine: Machine) -> Scale:
-    """Plan `module` and count and predict its feed-forward part.
+@dataclass(frozen=True)
+class Setting:
+    """What stays the same while p and R vary.
 
-    Raises:
-        PhantomError: nothing would be swapped, or the sizes do not fit each other.
+    Attributes:
+        layers: the linears to swap, as `Plan.cost_layers` gives them.
+        phantom_width: k, an int or a fraction.
+        tokens: rows of the activations of one step.
+        dtype: their type.
+        machine: what a rank can do.
     """
-    plan = plan_phantom(module, config)
-    if not plan.swapped:
-        raise PhantomError(f"nothing would be swapped at num_blocks={config.num_blocks}:\n{plan}")
-    layers = plan.cost_layers()
-    arguments = (config.num_blocks, config.phantom_width, num_ranks, tokens)
-    estimate = estimate_cost(layers, *arguments, dtype)
-    dense = estimate_cost(layers, config.num_blocks, config.phantom_width, 1, tokens, dtype).tensor_parallel
-    costs = {"dense": dense} | {method: getattr(estimate, method) for method in METHODS[1:]}
-    return Scale(plan, config.num_blocks, num_ranks, tokens, dtype, costs, predict(layers, *arguments, machine, dtype))
 
+    layers: tuple[Layer, ...]
+    phantom_width: int | float
+    tokens: int
+    dtype: str
+    machine: Machine
 
-def sweep(
-    module: nn.Module, config: PhantomConfig, tokens: int, dtype: str, machine: Machine, num_ranks: int | None = None
-) -> list[Scale]:
-    """`scale` at every number of blocks p that is a power of two or divides the widest layer, up to 4096.
+    def scale(self, num_blocks: int, num_ranks: int) -> Scale:
+        """Count and predict a step at this p on this many ranks.
 
-    On p ranks, one block each; with `num_ranks`, at the p that it divides, on that many. Only those p at which the
-    same linears are swapped as at the smallest, so that the rows are about one model.
-    """
-    widest = max((m.in_features for m in module.modules() if isinstance(m, nn.Linear)), default=1)
-    rows: list[Scale] = []
-    for p in range(2, min(MOST_BLOCKS, widest) + 1):
-        if (widest % p and p & (p - 1)) or (num_ranks is not None and p % num_ranks):
-            continue
-        try:
-            row = scale(module, _at(config, p), p if num_ranks is None else num_ranks, tokens, dtype, machine)
-        except PhantomError:
-            continue
-        if not rows or _names(row.plan) == _names(rows[0].plan):
-            rows.append(row)
-    return rows
+        Raises:
+            PhantomError: the sizes do not fit each other.
+        """
+        layers = [replace(layer, phantom_width=self.width(layer, num_blocks)) for layer in self.layers]
+        arguments = (num_blocks, self.phantom_width, num_ranks, self.tokens)
+        estimate = estimate_cost(layers, *arguments, self.dtype)
+        dense = estimate_cost(layers, num_blocks, self.phantom_width, 1, self.tokens, self.dtype).tensor_parallel
+        costs = {"dense": dense} | {method: getattr(estimate, method) for method in METHODS[1:]}
+        widths = tuple(sorted({layer.phantom_width or 0 for layer in layers}))
+        times = predict(layers, *arguments, self.machine, self.dtype)
+        return Scale(num_blocks, widths, num_ranks, self.tokens, self.dtype, costs, times)
+
+    def width(self, layer: Layer, num_blocks: int) -> int:
+        """A layer's k at this p."""
+        # Where a block is no feature wide there is no k; the cost model refuses such sizes with its own words.
+        sizes = (layer.in_features, layer.out_features)
+        return max(1, resolve_phantom_width(self.phantom_width, *sizes, num_blocks))
+
+    def sweep(self, num_ranks: int | None = None) -> list[Scale]:
+        """`scale` at every power of two, and every divisor of the widest layer, to 4096: to the first that does not pay.
+
+        On p ranks, one block each; with `num_ranks`, at the p that it divides, on that many.
+        """
+        widest = max(layer.in_features for layer in self.layers)
+        rows: list[Scale] = []
+        for p in range(2, min(MOST_BLOCKS, widest) + 1):
+            if (widest % p and p & (p - 1)) or (num_ranks is not None and p % num_ranks):
+                continue
+            try:
+                rows.append(self.scale(p, p if num_ranks is None else num_ranks))
+            except PhantomError:  # p does not divide every layer
+                continue
+            if stops_paying(rows):
+                break
+        return rows
 
 
 def best(rows: Sequence[Scale]) -> Scale:
@@ -116,13 +131,5 @@ def best(rows: Sequence[Scale]) -> Scale:
 
 
 def stops_paying(rows: Sequence[Scale]) -> Scale | None:
-    """The first row at which phantom has more work, or sends more bytes, than tensor parallelism."""
+    """The first row at which phantom has as much work, or sends as many bytes, as tensor parallelism."""
     return next((row for row in rows if max(row.ratio("flops") or 0, row.ratio("sent_bytes") or 0) >= 1), None)
-
-
-def _names(plan: Plan) -> set[str]:
-    return {layer.name for layer in plan.swapped}
-
-
-def _at(config: PhantomConfig, num_blocks: int) -> PhantomConfig:
-    return PhantomConfig(num_blocks, config.phantom_width, config.plan, config.init, config.seed)

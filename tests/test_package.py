@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "errors launch rng files config cost comm convert chain split fused layers parallel_linear proof ffn swap mesh "
     "gradients prepare replicas checkpoint sharded saving running base strategy tensor_parallel energy_report "
-    "energy_meter energy_fit energy __init__ predict measure recipe scale simulate plan_command trial compare_options "
+    "energy_meter energy_fit energy __init__ predict measure recipe scale trial simulate plan_command compare_options "
     "compare_report compare_show compare cli __main__"
 ).split()
 
