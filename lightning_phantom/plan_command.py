@@ -123,6 +123,11 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise PhantomError(f"--{name.replace('_', '-')} {value}: needs a number above 0.")
+    blocks, simulated = options.num_blocks, options.simulate_ranks
+    if simulated is not None and (blocks or simulated) < 2:
+        raise PhantomError(f"--simulate-ranks {simulated}: needs at least 2, or --num-blocks.")
+    if blocks and simulated and blocks % simulated:
+        raise PhantomError(f"--simulate-ranks {simulated} does not divide --num-blocks {blocks}; leave one out.")
 
 
 def request(options: argparse.Namespace, recipe: Recipe) -> tuple[PhantomConfig, int]:
@@ -254,8 +259,8 @@ def _verdict(same_ranks: Sequence[Scale], one_block: Sequence[Scale], num_ranks:
     if end is None and one_block:
         lines.append(f"Work and bytes stay below TP's up to p={one_block[-1].num_blocks}.")
     elif end is not None:
-        what = "work" if (end.ratio("flops") or 0) >= 1 else "bytes sent"
-        lines.append(f"It stops paying at p={end.num_blocks}: there its {what} reach TP's.")
+        what = "work is" if (end.ratio("flops") or 0) >= 1 else "bytes are"
+        lines.append(f"It stops paying at p={end.num_blocks}: there its {what} no less than TP's.")
     return "\n".join(lines)
 
 

@@ -107,7 +107,7 @@ class Setting:
         return max(1, resolve_phantom_width(self.phantom_width, *sizes, num_blocks))
 
     def sweep(self, num_ranks: int | None = None) -> list[Scale]:
-        """`scale` at every power of two, and every divisor of the widest layer, to 4096: to the first that does not pay.
+        """`scale` at every p that is a power of two or divides the widest layer, up to where phantom stops paying.
 
         On p ranks, one block each; with `num_ranks`, at the p that it divides, on that many.
         """

@@ -111,7 +111,7 @@ def simulate(
         ranks = FilledRanks(dist.group.WORLD if num_ranks > 1 else None)
         kind = {"device": "meta", "dtype": getattr(torch, dtype)}
         return {
-            method: _run(partial(_layers, method, layers, num_blocks, ranks, kind), layers, tokens, ranks)
+            method: _run(partial(make_share, method, layers, num_blocks, ranks, kind), layers, tokens, ranks)
             for method in ("tensor_parallel", "tensor_parallel_layerwise", "phantom")
         }
     finally:
@@ -119,8 +119,8 @@ def simulate(
         dist.destroy_process_group()
 
 
-def _layers(method: str, layers: Sequence[Layer], p: int, ranks: FilledRanks, kind: Any) -> list[SplitLinear]:
-    """This rank's layers, with weights of the usual size in the shard alone."""
+def make_share(method: str, layers: Sequence[Layer], p: int, ranks: Ranks, kind: Any) -> list[SplitLinear]:
+    """This rank's layers by a method, on the CPU, with random weights; nothing but the shard is ever allocated."""
     made: list[SplitLinear] = []
     for layer, in_pairs in zip(layers, layouts_in_pairs(layers), strict=True):
         n, m = layer.in_features, layer.out_features
@@ -145,43 +145,49 @@ def _layers(method: str, layers: Sequence[Layer], p: int, ranks: FilledRanks, ki
     return made
 
 
+def make_step(made: Sequence[SplitLinear], layers: Sequence[Layer], tokens: int) -> Callable[[], None]:
+    """A forward and backward of these layers, one fed by the other where the widths are right; inputs are random."""
+
+    @cache
+    def given(width: int, requires_grad: bool) -> Tensor:
+        return torch.randn(tokens, width, dtype=made[0].weight.dtype, requires_grad=requires_grad)
+
+    def step() -> None:
+        for one in made:
+            one.zero_grad(set_to_none=True)
+        ends: list[Tensor] = []  # outputs that no layer reads
+        z = x = torch.empty(0)
+        for layer, one in zip(layers, made, strict=True):
+            width = one.in_features // (one.ranks.size if one.input_layout == "sharded" else 1)
+            if not layer.shares_input and z.dim() == 2 and z.shape[1] == width:
+                x = ends.pop()
+            elif not layer.shares_input:
+                x = given(width, layer.needs_input_grad)
+                x.grad = None
+            z = one(x)
+            ends.append(z)
+        torch.autograd.backward(ends, [given(end.shape[1], False) for end in ends])
+
+    return step
+
+
 def _run(make: Callable[[], list[SplitLinear]], layers: Sequence[Layer], tokens: int, ranks: FilledRanks) -> Simulated:
     memory = Memory(torch.device("cpu"))
     made = make()
-    dtype, saved = made[0].weight.dtype, 0
+    saved = 0
 
     def pack(tensor: Tensor) -> Tensor:
         nonlocal saved
         saved += 0 if isinstance(tensor, torch.nn.Parameter) else tensor.numel() * tensor.element_size()
         return tensor
 
-    @cache
-    def given(width: int, requires_grad: bool) -> Tensor:
-        return torch.randn(tokens, width, dtype=dtype, requires_grad=requires_grad)
-
-    def step() -> None:
-        ends: list[Tensor] = []  # outputs that no layer reads
-        z = x = torch.empty(0)
-        for layer, one in zip(layers, made, strict=True):
-            width = one.in_features // (ranks.size if one.input_layout == "sharded" else 1)
-            if not layer.shares_input and z.dim() == 2 and z.shape[1] == width:
-                x = ends.pop()
-            elif not layer.shares_input:
-                x = given(width, layer.needs_input_grad)
-            z = one(x)
-            ends.append(z)
-        torch.autograd.backward(ends, [given(end.shape[1], False) for end in ends])
-
+    step = make_step(made, layers, tokens)
     seconds = []
     for _ in range(1 + REPEATS):
-        for one in made:
-            one.zero_grad(set_to_none=True)
         ranks.seconds, start = 0.0, time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start - ranks.seconds)
     peak = memory.peak_bytes()
-    for one in made:
-        one.zero_grad(set_to_none=True)
     with record_traffic() as traffic, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()
     held = sum(p.numel() * p.element_size() for one in made for p in one.parameters())
