@@ -47,7 +47,8 @@ def main(args: Sequence[str]) -> None:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         Comparison(request, Ranks.from_environment()).run()
         return
-    request.recipe("phantom")  # what is wrong with the config is said once, not by every rank
+    for method in request.methods:
+        request.recipe(method)  # what is wrong with a config is said once, not by every rank
     threads = str(max(1, (os.cpu_count() or 1) // request.ranks))
     started = subprocess.run(
         [
