@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_phantom.errors import PhantomError
-from lightning_phantom.recipe import Recipe, phantom_width
+from lightning_phantom.recipe import Recipe, output_file, phantom_width
 
 METHODS = ("dense", "megatron", "layerwise", "torch", "phantom", "control")
 TP = ("megatron", "layerwise", "torch")
@@ -121,9 +121,9 @@ def parse(args: Sequence[str]) -> Request:
         raise PhantomError(f"--validate-every {given.validate_every}: needs at least 1.")
     given.overrides = tuple(_override(text, methods) for text in given.set)
     given.methods, given.arguments = methods, tuple(rest)
-    given.json, given.plot = (None if p is None else Path(p) for p in (given.json, given.plot))
+    given.json, given.plot = output_file("json", given.json), output_file("plot", given.plot)
     if given.plot is not None:
-        _require_matplotlib()
+        _check_plot(given.plot)
     del given.set
     return Request(**vars(given))
 
@@ -138,7 +138,9 @@ def _override(text: str, methods: Sequence[str]) -> tuple[str, str]:
     return method, argument
 
 
-def _require_matplotlib() -> None:
+def _check_plot(path: Path) -> None:
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise PhantomError(f"--plot {path}: needs a name that ends in .png, .svg or .pdf.")
     try:
         import matplotlib  # noqa: F401
     except ImportError:

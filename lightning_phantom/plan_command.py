@@ -6,7 +6,6 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from lightning_phantom.config import PhantomConfig
@@ -15,7 +14,7 @@ from lightning_phantom.errors import PhantomError
 from lightning_phantom.ffn import plan_phantom
 from lightning_phantom.measure import measure_here
 from lightning_phantom.predict import METHODS, Machine
-from lightning_phantom.recipe import Recipe, phantom_width
+from lightning_phantom.recipe import Recipe, output_file, phantom_width
 from lightning_phantom.scale import Scale, Setting, best, stops_paying
 from lightning_phantom.simulate import Simulated, simulate
 from lightning_phantom.strategy import PhantomStrategy
@@ -46,6 +45,7 @@ def main(args: Sequence[str]) -> None:
     """Run the command with these arguments."""
     options, rest = _parser().parse_known_args(args)
     _check(options)
+    target = output_file("json", options.json)
     recipe = Recipe(rest if options.config is None else ["--config", options.config, *rest], "lightning-phantom plan")
     config, num_ranks = request(options, recipe)
     plan = plan_phantom(module := recipe.make_module(), config)
@@ -75,8 +75,8 @@ def main(args: Sequence[str]) -> None:
         measured = simulate(shares, blocks, wide.num_ranks, options.tokens, options.dtype)
         _print(_simulation_table(wide, measured))
         result["simulation"] = wide.as_dict() | {"measured": {m: asdict(one) for m, one in measured.items()}}
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    if target is not None:
+        target.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -53,10 +53,10 @@ class Simulated:
 
 
 class FilledRanks(Ranks):
-    """Ranks of a fake group: what a collective brings is filled in, and the time for that is kept apart.
+    """Ranks of a fake group: what a collective brings is filled in, and the time of all that is kept apart.
 
     Attributes:
-        seconds: spent in filling since it was last set.
+        seconds: spent in collectives and in filling since it was last set.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None) -> None:
@@ -65,22 +65,20 @@ class FilledRanks(Ranks):
 
     def all_gather(self, shard: Tensor) -> Callable[[], Tensor]:
         """As if every rank had given what this one gives."""
-        return self._filled(super().all_gather(shard), shard)
+        return self._filled(super().all_gather, shard, shard)
 
     def reduce_scatter(self, parts: Tensor) -> Callable[[], Tensor]:
         """As if what the others add were zero."""
-        return self._filled(super().reduce_scatter(parts), parts[0])
+        return self._filled(super().reduce_scatter, parts, parts[0])
 
-    def _filled(self, wait: Callable[[], Tensor], values: Tensor) -> Callable[[], Tensor]:
-        def filled() -> Tensor:
-            brought = wait()
-            if self.size > 1:
-                start = time.perf_counter()
-                brought.copy_(values)
-                self.seconds += time.perf_counter() - start
-            return brought
-
-        return filled
+    def _filled(self, collective: Callable[[Tensor], Callable[[], Tensor]], given: Tensor, values: Tensor) -> Any:
+        # Some releases of torch's fake group write the output themselves, others leave it as it was allocated.
+        start = time.perf_counter()
+        wait = collective(given)
+        if self.size > 1:
+            wait().copy_(values)
+        self.seconds += time.perf_counter() - start
+        return wait
 
 
 def simulate(

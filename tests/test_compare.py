@@ -15,6 +15,7 @@ from lightning_phantom.compare_options import parse
 from lightning_phantom.compare_report import summarise
 from lightning_phantom.cost import estimate_cost
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.trial import Memory
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -119,6 +120,19 @@ def test_compare_under_an_outside_launcher_with_target_and_control(config, tmp_p
     assert not torch.distributed.is_initialized()
 
 
+def test_memory_is_the_peak_of_what_came_after():
+    held = torch.ones(30_000_000)  # 120 MB that were there before
+    memory = Memory(torch.device("cpu"))
+    if memory.peak_bytes() is None:
+        pytest.skip("the system does not say")
+    assert memory.peak_bytes() < 20e6
+    torch.ones(25_000_000)
+    assert 95e6 <= memory.peak_bytes() < 130e6  # although it is gone
+    again = Memory(torch.device("cpu"))
+    assert again.peak_bytes() < 20e6
+    del held
+
+
 def measured(step_s=1.0, **changes):
     figures = {"weights": 10, "steps_s": [step_s] * 3, "samples": 4, "sent_bytes": 8.0, "calls": 2.0, "waited_s": 0.1}
     return {**figures, "peak_bytes": 100, "losses": [(1, 1.0, 0.9), (2, 2.0, 0.5)], "energy": None, **changes}
@@ -189,6 +203,8 @@ def test_a_target_that_is_not_reached(config):
         (["--train-steps", "4"], "more steps than --warmup 5"),
         (["--set", "phantom.model.lr"], "METHOD.KEY=VALUE"),
         (["--set", "control.model.lr=1"], "a method of this comparison"),
+        (["--json", "missing/c.json"], "--json missing/c.json: there is no such folder"),
+        (["--plot", "c.docx"], "ends in .png, .svg or .pdf"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_starts(config, arguments, message, capsys):

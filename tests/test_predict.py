@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from lightning_phantom import comm
 from lightning_phantom.cli import main
 from lightning_phantom.cost import ELEMENT_BYTES, Layer, estimate_cost, layouts_in_pairs
 from lightning_phantom.measure import nonnegative_fit
@@ -20,7 +22,7 @@ from lightning_phantom.predict import (
     step_time,
 )
 from lightning_phantom.scale import Setting, best, stops_paying
-from lightning_phantom.simulate import simulate
+from lightning_phantom.simulate import FilledRanks, simulate
 
 MACHINE = Machine(4e10, 1e10, 1e-5, 1e9, 1e-4)
 CHAIN = [
@@ -117,6 +119,25 @@ def test_simulated_rank_holds_its_shard_and_sends_what_the_model_says(dtype):
         assert (one.weights, one.sent_bytes, one.calls) == (cost.weights, cost.sent_bytes, cost.calls), method
         assert one.compute_s > 0 and one.tensor_bytes > 2 * cost.weights * ELEMENT_BYTES[dtype]
     assert not torch.distributed.is_initialized()
+
+
+def test_what_fake_collectives_bring_is_filled_in(monkeypatch):
+    class Nothing:
+        def wait(self):
+            pass
+
+    def leave_garbage(output, given, **kwargs):
+        output.fill_(float("nan"))
+        return Nothing()
+
+    monkeypatch.setattr(comm, "_all_gather_single", leave_garbage)
+    monkeypatch.setattr(comm, "_reduce_scatter_single", leave_garbage)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    ranks = FilledRanks(torch.distributed.group.WORLD)
+    shard, parts = torch.randn(16, 4), torch.randn(8, 16, 4)
+    assert torch.equal(ranks.all_gather(shard)(), shard.expand(8, 16, 4))
+    assert torch.equal(ranks.reduce_scatter(parts)(), parts[0])
+    assert ranks.seconds > 0
 
 
 def run_plan(tmp_path, capsys, *arguments):
