@@ -43,8 +43,8 @@ class Layer:
         needs_input_grad: whether its input needs a gradient; False at the first layer of a model fed with data.
         shares_input: whether it rides on the collectives of a sibling before it that reads the same value.
         phantom_width: k of this layer alone; None takes the one given to `estimate_cost`.
-        in_pairs: input and output layout in Megatron's pairs; None alternates along the chain, which is right where no
-            value inside it is written twice.
+        in_pairs: input and output layout in Megatron's pairs, and whether it rides on a sibling's collectives there;
+            None alternates along the chain, which is right where no value inside it is written twice.
     """
 
     in_features: int
@@ -55,7 +55,7 @@ class Layer:
     needs_input_grad: bool = True
     shares_input: bool = False
     phantom_width: int | None = None
-    in_pairs: tuple[str, str] | None = None
+    in_pairs: tuple[str, str, bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -232,22 +232,24 @@ def _layerwise(layer: Layer, group: _Group) -> Cost:
     return _exact(layer, group, layer.out_features // group.num_ranks, layer_bytes, boundary_bytes, calls)
 
 
-def layouts_in_pairs(layers: Sequence[Layer]) -> list[tuple[str, str]]:
-    """Input and output layout of each layer in Megatron's pairs of a column- and a row-parallel one."""
-    layouts, row = [], False  # row: whether this stage of the chain is the second of a pair
+def layouts_in_pairs(layers: Sequence[Layer]) -> list[tuple[str, str, bool]]:
+    """Each layer's layouts in Megatron's pairs of column and row, and whether it rides on a sibling there."""
+    found, row = [], False  # row: whether this stage of the chain is the second of a pair
     for layer in layers:
         if not layer.shares_input:
             row = layer.input_layout == "sharded" and not row
-        layouts.append(layer.in_pairs or (("sharded", "replicated") if row else ("replicated", layer.output_layout)))
-    return layouts
+        alternating = ("sharded", "replicated") if row else ("replicated", layer.output_layout)
+        found.append(layer.in_pairs or (*alternating, layer.shares_input))
+    return found
 
 
-def _megatron(layer: Layer, group: _Group, layouts: tuple[str, str]) -> Cost:
+def _megatron(layer: Layer, group: _Group, in_pairs: tuple[str, str, bool]) -> Cost:
     """A column-parallel layer all-reduces its input's gradient, a row-parallel one its output: two gathers' bytes."""
-    if layouts == ("sharded", "replicated"):
+    *layouts, rides = in_pairs
+    if layouts == ["sharded", "replicated"]:
         sent, calls = group.collectives(layer.out_features, 2)
         return _exact(layer, group, layer.out_features, sent, 0, calls // 2)
-    moves = 0 if layer.shares_input else 1 + layer.needs_input_grad
+    moves = 0 if rides else 1 + layer.needs_input_grad
     if layouts[0] == "sharded":  # two layers write into one value: this one gathers its input as layer-wise ones do
         sent, calls = group.collectives(layer.in_features, moves)
     else:

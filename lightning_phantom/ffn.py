@@ -92,13 +92,21 @@ class Plan:
 
     def replicated(self, chain: ProvenChain) -> frozenset[int]:
         """The values inside a chain that every rank holds whole: none, but in Megatron's pairs."""
-        megatron = isinstance(self.config, TensorParallelConfig) and self.config.style == "megatron"
-        return chain.between_pairs() if megatron else frozenset()
+        return chain.between_pairs() if self._in_pairs else frozenset()
+
+    def siblings(self, chain: ProvenChain) -> tuple[tuple[str, ...], ...]:
+        """The groups of a chain's members that share their collectives."""
+        return chain.siblings_in_pairs() if self._in_pairs else chain.siblings
+
+    @property
+    def _in_pairs(self) -> bool:
+        return isinstance(self.config, TensorParallelConfig) and self.config.style == "megatron"
 
     def cost_layers(self) -> list[Layer]:
         """The swapped layers as `estimate_cost` takes them: chain by chain in forward order, then the lone ones."""
         by_name = {layer.name: layer for layer in self.swapped}
         riders = {name for chain in self.chains for group in chain.siblings for name in group[1:]}
+        pair_riders = {name for chain in self.chains for group in chain.siblings_in_pairs() for name in group[1:]}
         layouts = {name: both for chain in self.chains for name, both in chain.layouts().items()}
         pairs = {name: both for chain in self.chains for name, both in chain.layouts(chain.between_pairs()).items()}
         lone = ("replicated", "replicated")
@@ -110,7 +118,7 @@ class Plan:
                 *layouts.get(name, lone),
                 shares_input=name in riders,
                 phantom_width=by_name[name].phantom_width,
-                in_pairs=pairs.get(name, lone),
+                in_pairs=(*pairs.get(name, lone), name in pair_riders),
             )
             for name in dict.fromkeys([*layouts, *by_name])
         ]

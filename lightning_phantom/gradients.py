@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_phantom.comm import Ranks
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.layers import PhantomLinear
 from lightning_phantom.split import Split, split_layers
 
 
@@ -75,7 +76,7 @@ def _named(optimizers: Iterable[Optimizer], names: set[str]) -> list[str]:
 
 
 def check_optimizers(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
-    """Raise PhantomError where an optimizer holds parameters from before the swap, or only a part of a layer's.
+    """Raise PhantomError where an optimizer holds parameters from before the swap, or only a part of a phantom layer's.
 
     Both train silently: the old parameters go nowhere, the missing factors stay as they are.
     """
@@ -86,11 +87,12 @@ def check_optimizers(optimizers: Iterable[Optimizer], module: nn.Module) -> None
             f"the optimizer holds {stale} parameters that are no longer in the model: they were collected before the "
             f"layers were swapped. Collect them inside configure_optimizers, from self.parameters()."
         )
-    for name, layer in split_layers(module).items():
+    phantom = {name: layer for name, layer in split_layers(module).items() if isinstance(layer, PhantomLinear)}
+    for name, layer in phantom.items():
         trainable = {key: id(p) for key, p in layer.named_parameters(recurse=False) if p.requires_grad}
         missing = [key for key, identity in trainable.items() if identity not in held]
         if missing and len(missing) < len(trainable):
             raise PhantomError(
                 f"the optimizer holds only a part of {name!r}: {', '.join(missing)} would never be trained. "
-                f"The layer's parameters are {', '.join(trainable)}; pass all, or freeze those you leave out."
+                f"A phantom layer's parameters are {', '.join(trainable)}; pass all, or freeze those you leave out."
             )

@@ -103,7 +103,7 @@ def _timed_layer(features: int, p: int, k: int, tokens: int, kind: Any, group: d
     n, alone = features, Group(1, tokens, 0)
     if p == 1:
         layer: nn.Module = nn.Linear(n, n, **kind)
-        stages = exact_stages(Layer(n, n), ("sharded", "sharded"), False, alone)
+        stages = exact_stages(Layer(n, n), ("sharded", "sharded", False), False, alone)
     else:
         layer = PhantomLinear(n, n, p, k, **kind)
         stages = phantom_stages(Layer(n, n), p, k, alone)

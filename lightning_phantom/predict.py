@@ -141,9 +141,9 @@ def predict(
     for layer, in_pairs in zip(layers, layouts_in_pairs(layers), strict=True):
         width = phantom_width if layer.phantom_width is None else layer.phantom_width
         k = resolve_phantom_width(width, layer.in_features, layer.out_features, num_blocks)
-        as_it_is = (layer.input_layout, layer.output_layout)
+        row, as_it_is = in_pairs[:2] == ("sharded", "replicated"), in_layers(layer)
         stages["dense"] += exact_stages(layer, as_it_is, False, replace(group, num_ranks=1))
-        stages["tensor_parallel"] += exact_stages(layer, in_pairs, in_pairs == ("sharded", "replicated"), group)
+        stages["tensor_parallel"] += exact_stages(layer, in_pairs, row, group)
         stages["tensor_parallel_layerwise"] += exact_stages(layer, as_it_is, False, group)
         stages["phantom"] += phantom_stages(layer, num_blocks, k, group)
     return {method: step_time(stages[method], machine, group.element_bytes) for method in METHODS}
@@ -161,8 +161,20 @@ def step_time(stages: Iterable[Stage], machine: Machine, element_bytes: int) -> 
     return StepTime(compute, communication, waited)
 
 
-def exact_stages(layer: Layer, layouts: tuple[str, str], row: bool, group: Group) -> list[Stage]:
-    """Forward and backward of a dense layer cut by row or by column, in the words of `parallel_linear.py`."""
+def in_layers(layer: Layer) -> tuple[str, str, bool]:
+    """A layer's layouts, and whether it rides on a sibling, where every layer has collectives of its own."""
+    return layer.input_layout, layer.output_layout, layer.shares_input
+
+
+def exact_stages(layer: Layer, layouts: tuple[str, str, bool], row: bool, group: Group) -> list[Stage]:
+    """Forward and backward of a dense layer cut by row or by column, in the words of `parallel_linear.py`.
+
+    Args:
+        layer: the layer.
+        layouts: of its input and its output, and whether it rides on the collectives of a sibling.
+        row: whether it is cut by row.
+        group: the ranks.
+    """
     ranks, tokens, several = group.num_ranks, group.tokens, group.num_ranks > 1
     in_here, out_here = layer.in_features, layer.out_features
     in_here, out_here = (in_here // ranks, out_here) if row else (in_here, out_here // ranks)
@@ -173,12 +185,13 @@ def exact_stages(layer: Layer, layouts: tuple[str, str], row: bool, group: Group
         backward += product(1, tokens, out_here, in_here)
     if row:
         return [Stage(forward), group.collective(2 * layer.out_features), Stage(backward)]
+    rides = layouts[2]
     gathered = several and layouts[0] == "sharded"
     stages = [Stage(forward), Stage(backward)]
-    if gathered and not layer.shares_input:
+    if gathered and not rides:
         own_share = product(1, tokens, in_here // ranks, out_here)
         stages.append(group.collective(layer.in_features, behind=own_share))
-    if layer.needs_input_grad and not layer.shares_input:
+    if layer.needs_input_grad and not rides:
         passes = 1 if gathered else 2
         stages.append(group.collective(passes * layer.in_features, behind=weight_grad))
     if layouts[1] == "replicated":

@@ -83,6 +83,13 @@ class ProvenChain:
             layouts.setdefault(written, "sharded" if layouts[read] == "replicated" else "replicated")
         return frozenset(value for value, layout in layouts.items() if value is not None and layout == "replicated")
 
+    def siblings_in_pairs(self) -> tuple[tuple[str, ...], ...]:
+        """The groups of siblings that share collectives in Megatron's pairs: those whose weights are cut alike."""
+        layouts = self.layouts(self.between_pairs())
+        rows = {name for name, both in layouts.items() if both == ("sharded", "replicated")}
+        groups = ([n for n in group if (n in rows) is row] for group in self.siblings for row in (True, False))
+        return tuple(tuple(group) for group in groups if len(group) > 1)
+
 
 class Traces:
     """The forwards of all modules below a root, traced once, and what can be read off them.

@@ -24,6 +24,7 @@ from lightning_phantom.cost import Layer, layouts_in_pairs
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers import PhantomLinear
 from lightning_phantom.parallel_linear import ParallelLinear
+from lightning_phantom.predict import in_layers
 from lightning_phantom.split import SplitLinear
 from lightning_phantom.trial import Memory
 
@@ -122,7 +123,7 @@ def make_share(method: str, layers: Sequence[Layer], p: int, ranks: Ranks, kind:
     made: list[SplitLinear] = []
     for layer, in_pairs in zip(layers, layouts_in_pairs(layers), strict=True):
         n, m = layer.in_features, layer.out_features
-        layouts: Any = (layer.input_layout, layer.output_layout) if method != "tensor_parallel" else in_pairs
+        layouts: Any = in_pairs if method == "tensor_parallel" else in_layers(layer)
         placed: dict[str, Any] = {
             "process_group": ranks.process_group,
             "input_layout": layouts[0],

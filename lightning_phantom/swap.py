@@ -80,7 +80,7 @@ def carry_out(
         chain.attach(module.get_submodule(proven.owner))
         for name in proven.members:
             swapped[name].chain = chain
-        for group in proven.siblings:
+        for group in plan.siblings(proven):
             for name in group:
                 others = tuple(swapped[other] for other in group if other != name)
                 swapped[name].siblings = (swapped[name], *others)

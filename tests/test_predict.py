@@ -17,6 +17,7 @@ from lightning_phantom.predict import (
     Stage,
     Work,
     exact_stages,
+    in_layers,
     phantom_stages,
     predict,
     step_time,
@@ -48,10 +49,10 @@ def test_stages_hold_the_work_and_the_bytes_of_the_cost_model(p, ranks):
         "tensor_parallel": [
             s
             for layer, both in zip(CHAIN, in_pairs, strict=True)
-            for s in exact_stages(layer, both, both == ("sharded", "replicated"), group)
+            for s in exact_stages(layer, both, both[:2] == ("sharded", "replicated"), group)
         ],
         "tensor_parallel_layerwise": [
-            s for layer in CHAIN for s in exact_stages(layer, (layer.input_layout, layer.output_layout), False, group)
+            s for layer in CHAIN for s in exact_stages(layer, in_layers(layer), False, group)
         ],
     }
     estimate = estimate_cost(CHAIN, p, k, ranks, tokens)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from test_checkpoints import SaveAt
 from test_layers import Gated, count_every_collective
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -52,7 +53,22 @@ class TwoWriters(nn.Module):
         return self.g(torch.tanh(self.d(z)) * self.f(torch.tanh(self.e(z))))
 
 
+class MixedSiblings(nn.Module):
+    """Two layers that read one sharded value, of which Megatron's style cuts one by row and the other by column."""
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.q, self.e, self.f, self.g, self.k = (nn.Linear(16, 16) for _ in range(6))
+        self.r = nn.Linear(16, 8)
+
+    def forward(self, x):
+        q, h = self.q(x), torch.tanh(self.p(x))
+        e, f = self.e(h), self.f(h)
+        return self.r(torch.tanh(self.g(torch.tanh(e * q)) * self.k(torch.tanh(f))))
+
+
 MODULES = {
+    "mixed siblings": MixedSiblings,
     "pair": lambda: chain(16, 32, 8),
     "odd": lambda: chain(16, 32, 48, 24),
     "long": lambda: chain(8, 16, 24, 16, 40, bias=False),
@@ -93,6 +109,8 @@ def same(dense, split, kind, error):
 def exactness(group):
     """Outputs, every gradient, and the weights after some steps, beside the dense module's."""
     for (name, make), style, dtype in itertools.product(MODULES.items(), STYLES, (torch.float64, torch.float32)):
+        if dtype == torch.float32 and name not in ("odd", "gated"):
+            continue
         torch.manual_seed(1)
         error = 1e-10 if dtype == torch.float64 else 1e-5
         dense = make().to(dtype).train()
@@ -125,19 +143,42 @@ def test_one_rank_is_the_dense_model():
     exactness(None)
 
 
-def several_ranks():
+def layers_hold():
     group = dist.group.WORLD
-    exactness(group)
-    traffic(group)
-    torchs_own(group)
-    overlaps(group)
-    dropout(group)
-    details(group)
+    for check in (exactness, traffic, torchs_own, overlaps, dropout, details):
+        check(group)
+    return True
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_several_ranks_are_the_dense_model(size):
-    run_ranks(size, several_ranks)
+# Ranks are slow to start: everything that runs on two of them, and on four, does so in one start.
+
+
+def on_two_ranks(folder):
+    teacher()
+    return {"layers": layers_hold(), "trained": [trained({})], "saved": formats(folder)}
+
+
+def on_four_ranks(folder):
+    return {
+        "layers": layers_hold(),
+        "trained": [trained({}), trained({"data_parallel_size": 2})],
+        "resumed": resumed(folder),
+    }
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    return folder, run_ranks(2, on_two_ranks, str(folder), timeout_s=400)
+
+
+@pytest.fixture(scope="module")
+def four(two):
+    return run_ranks(4, on_four_ranks, str(two[0]), timeout_s=400)
+
+
+def test_several_ranks_are_the_dense_model(two, four):
+    assert all(seen["layers"] for seen in (*two[1], *four))
 
 
 def traffic(group):
@@ -334,7 +375,7 @@ def outcome(module):
     return {"losses": module.losses, "norms": module.norms, "weights": densify(module).state_dict()}
 
 
-def on_ranks(sizes):
+def trained(sizes):
     seen = {}
     replicas = sizes.get("data_parallel_size", 1)
     for style, dtype in itertools.product(STYLES, (torch.float64, torch.float32)):
@@ -355,16 +396,15 @@ def dense(tmp_path_factory):
     return {d: outcome(fit(folder, "auto", d, devices=1)[0]) for d in (torch.float64, torch.float32)}
 
 
-@pytest.mark.parametrize(("size", "sizes"), [(2, {}), (4, {}), (4, {"data_parallel_size": 2})])
-def test_the_trainer_trains_the_dense_model(dense, size, sizes):
-    for seen in run_ranks(size, on_ranks, sizes):
+def test_the_trainer_trains_the_dense_model(dense, two, four):
+    for replicas, seen in [(n, seen) for result in (*two[1], *four) for n, seen in enumerate(result["trained"], 1)]:
         for (style, dtype), result in seen.items():
             error = 1e-9 if dtype == torch.float64 else 1e-4
             expected = dense[dtype]
             for name, value in expected["weights"].items():
                 assert torch.allclose(result["weights"][name], value, atol=error, rtol=error), (style, dtype, name)
             assert result["norms"] == pytest.approx(expected["norms"], rel=1e-6 if dtype == torch.float64 else 1e-4)
-            if not sizes:
+            if replicas == 1:
                 assert result["losses"] == pytest.approx(expected["losses"], rel=error)
 
 
@@ -390,85 +430,66 @@ def formats(folder):
     for kind, style in itertools.product(("full", "sharded"), STYLES):
         path = f"{folder}/{kind}-{style}.ckpt"
         options = {"style": style, "state_dict_type": kind}
-        _, t = fit(folder, TensorParallelStrategy(**options), module=Random(), max_epochs=1)
-        t.save_checkpoint(path)
-        straight, _ = fit(folder, TensorParallelStrategy(**options), module=Random())
-        resumed, _ = fit(folder, TensorParallelStrategy(**options), module=Random(), ckpt_path=path)
-        assert straight.losses[4:] == resumed.losses and len(resumed.losses) == 4
-        assert straight.norms[4:] == resumed.norms
-        for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
+        save = SaveAt(4, path)
+        straight, _ = fit(folder, TensorParallelStrategy(**options), module=Random(), callbacks=[save])
+        again, _ = fit(folder, TensorParallelStrategy(**options), module=Random(), ckpt_path=path)
+        assert len(again.losses) == 4 and straight.losses[4:] == again.losses
+        assert straight.norms[4:] == again.norms
+        for a, b in zip(straight.parameters(), again.parameters(), strict=True):
             assert torch.equal(a, b)
-        _, t = fit(folder, TensorParallelStrategy(**options), max_epochs=1)
-        t.save_checkpoint(f"{folder}/{kind}-{style}-plain.ckpt")
-        losses[kind, style] = fit(folder, TensorParallelStrategy(**options))[0].losses[4:]
-    _, t = fit(folder, PhantomStrategy(num_blocks=4), max_epochs=1)
-    t.save_checkpoint(f"{folder}/phantom.ckpt")
-    _, t = fit(folder, PhantomStrategy(num_blocks=4, state_dict_type="sharded"), max_epochs=1)
-    t.save_checkpoint(f"{folder}/phantom-sharded.ckpt")
+        save = SaveAt(4, f"{folder}/{kind}-{style}-plain.ckpt")
+        losses[kind, style] = fit(folder, TensorParallelStrategy(**options), callbacks=[save])[0].losses[4:]
+    for kind in ("full", "sharded"):
+        strategy = PhantomStrategy(num_blocks=4, state_dict_type=kind)
+        fit(folder, strategy, callbacks=[SaveAt(4, f"{folder}/phantom-{kind}.ckpt")], max_epochs=1)
     return losses
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    return folder, run_ranks(2, formats, str(folder))[0]
-
-
-def resumed_elsewhere(folder):
-    seen = {}
-    for kind, style in itertools.product(("full", "sharded"), STYLES):
-        module, _ = fit(
-            folder, TensorParallelStrategy(style=style), ckpt_path=f"{folder}/{kind}-{style}-plain.ckpt", max_epochs=2
-        )
-        seen[kind, style] = module.losses
-    return seen
-
-
-def test_checkpoints_resume_on_other_ranks(saved):
-    folder, expected = saved
-    for seen in (*run_ranks(4, resumed_elsewhere, str(folder)), resumed_alone(folder)):
-        for case, losses in seen.items():
-            assert len(losses) == 4 and losses == pytest.approx(expected[case], rel=1e-9), case
-
-
-def resumed_alone(folder):
+def resumed(folder, **kwargs):
     seen = {}
     for kind, style in itertools.product(("full", "sharded"), STYLES):
         path = f"{folder}/{kind}-{style}-plain.ckpt"
-        if kind == "full" or style == "layerwise":
-            seen[kind, style] = fit(folder, TensorParallelStrategy(style=style), devices=1, ckpt_path=path)[0].losses
+        seen[kind, style] = fit(folder, TensorParallelStrategy(style=style), ckpt_path=path, **kwargs)[0].losses
     return seen
 
 
-def test_a_full_checkpoint_is_a_plain_one(saved):
-    folder, _ = saved
+def test_checkpoints_resume_on_other_ranks(two, four):
+    folder, results = two
+    for seen in (*(result["resumed"] for result in four), resumed(folder, devices=1)):
+        for case, losses in seen.items():
+            assert len(losses) == 4 and losses == pytest.approx(results[0]["saved"][case], rel=1e-9), case
+
+
+def test_a_full_checkpoint_is_a_plain_one(two):
+    folder, _ = two
     for style in STYLES:
         path = folder / f"full-{style}-plain.ckpt"
         file = torch.load(path, weights_only=True)
         plain = Seen.load_from_checkpoint(path, map_location="cpu")
         assert file["state_dict"].keys() == Seen().state_dict().keys()
         assert all(type(m) is nn.Linear for m in plain.net if hasattr(m, "weight"))
-        assert torch.equal(plain.net[0].weight.double(), file["state_dict"]["net.0.weight"].double())
+        assert all(torch.equal(p, file["state_dict"][name].float()) for name, p in plain.named_parameters())
         assert file["phantom"]["method"] == "tensor_parallel" and not file["phantom"]["factors"]
-        x = data(8).tensors[0]
-        assert plain(x).isfinite().all()
 
 
-def test_styles_and_methods_tell_their_checkpoints_apart(saved, tmp_path):
-    folder, _ = saved
+def test_styles_and_methods_tell_their_checkpoints_apart(two, tmp_path):
+    folder, _ = two
     with pytest.raises(CheckpointError, match=r"'net.3' is split along .* use the style it was saved with"):
         fit(tmp_path, TensorParallelStrategy(style="layerwise"), ckpt_path=folder / "sharded-megatron.ckpt", devices=1)
     # A full one holds whole tensors, which any style can take.
     fit(tmp_path, TensorParallelStrategy(style="layerwise"), ckpt_path=folder / "full-megatron.ckpt", devices=1)
-    exact = PhantomStrategy(num_blocks=4, phantom_width=10**6, plan={"net.*": "phantom"})
+
+    def exact():
+        return PhantomStrategy(num_blocks=4, phantom_width=10**6, plan={"net.*": "phantom"})
+
     for strategy, theirs, ours in (
-        (TensorParallelStrategy(), "phantom", "tensor-parallel"),
+        (TensorParallelStrategy, "phantom-full", "tensor-parallel"),
         (exact, "full-megatron-plain", "phantom"),
     ):
         path = folder / f"{theirs}.ckpt"
         with pytest.raises(CheckpointError, match=f"holds no optimizer state for {ours} layers"):
-            fit(tmp_path, strategy, devices=1, ckpt_path=path)
-        (got,) = one(tmp_path, strategy=strategy, precision="64-true").validate(
+            fit(tmp_path, strategy(), devices=1, ckpt_path=path)
+        (got,) = one(tmp_path, strategy=strategy(), precision="64-true").validate(
             Seen(), loader(dtype=torch.float64), ckpt_path=path, verbose=False
         )
         plain = Seen()
@@ -480,11 +501,7 @@ def test_styles_and_methods_tell_their_checkpoints_apart(saved, tmp_path):
     with pytest.raises(CheckpointError, match="saved by strategy='phantom' in shards"):
         fit(tmp_path, TensorParallelStrategy(), devices=1, ckpt_path=folder / "phantom-sharded.ckpt")
     with pytest.raises(CheckpointError, match="saved by strategy='tensor_parallel' in shards"):
-        fit(tmp_path, exact, devices=1, ckpt_path=folder / "sharded-megatron.ckpt")
-
-
-def test_a_teacher_with_the_same_names_keeps_its_weights():
-    run_ranks(2, teacher)
+        fit(tmp_path, exact(), devices=1, ckpt_path=folder / "sharded-megatron.ckpt")
 
 
 class Student(Seen):
@@ -498,6 +515,7 @@ class Student(Seen):
 
 
 def teacher():
+    """A checkpoint keeps the weights of a module whose layers are named like those that are split."""
     folder = shared_folder()
     module = Student()
     dist.broadcast(module.teacher.net[0].weight.data, 0)
@@ -553,3 +571,33 @@ def test_the_plan_prints_as_a_table():
     )
     named = plan_tensor_parallel(nn.Sequential(nn.Linear(8, 8)), TensorParallelConfig(2, {"0": "phantom"}))
     assert named.layers[0].decision == "gathered"
+
+
+def test_layers_on_the_meta_device_start_like_dense_ones(tmp_path):
+    class Late(Seen):
+        def __init__(self):
+            super().__init__()
+            self.net = None
+
+        def configure_model(self):
+            if self.net is None:
+                with torch.device("meta"):
+                    self.net = nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 16))
+
+    module = Late()
+    one(tmp_path, max_steps=0, use_distributed_sampler=False).fit(module)
+    assert list(split_layers(module)) == ["net.0", "net.2"]
+    plain = nn.Linear(16, 256)
+    assert module.net[0].weight.std().item() == pytest.approx(plain.weight.std().item(), rel=0.1)
+    assert 0 < module.net[2].bias.abs().max() <= 1 / 16
+
+
+def test_an_optimizer_may_leave_out_what_a_dense_one_may(tmp_path):
+    class NoBias(Seen):
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for n, p in self.named_parameters() if not n.endswith("bias")], lr=0.1)
+
+    module = NoBias()
+    before = module.net[0].bias.detach().clone()
+    one(tmp_path, max_steps=2, gradient_clip_val=1.0, use_distributed_sampler=False).fit(module)
+    assert torch.equal(module.net[0].bias, before)
