@@ -1,4 +1,4 @@
-"""The command `lightning-phantom`: Lightning's own CLI, with the strategies of this package registered, and more.
+"""The command `lightning-phantom`: Lightning's own CLI, with the strategies of this package registered.
 
 lightning-phantom fit --config run.yaml
 lightning-phantom fit --config run.yaml --trainer.strategy PhantomStrategy --trainer.strategy.num_blocks 8
@@ -9,10 +9,10 @@ lightning-phantom compare --config run.yaml --ranks 2
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 
 import lightning as L
 from lightning.pytorch.cli import LightningCLI
@@ -20,11 +20,20 @@ from lightning.pytorch.cli import LightningCLI
 import lightning_phantom
 from lightning_phantom.errors import PhantomError
 
-# Commands beside Lightning's own: the module whose `main(args)` runs each, and what it does.
+# Commands beside Lightning's own: the module whose main(args) runs each, and what it does.
 COMMANDS = {
     "plan": ("lightning_phantom.plan_command", "what would be swapped, and its cost against tensor parallelism"),
     "compare": ("lightning_phantom.compare", "phantom, tensor parallel and dense training, measured side by side"),
 }
+
+
+class _CLI(LightningCLI):
+    def _parse_ckpt_path(self) -> None:
+        """Make the model as the config says, also with `--ckpt_path`.
+
+        Newer releases of Lightning put the hyper-parameters of the checkpoint into the config here, which refuses every
+        checkpoint that was saved without LightningCLI: they do not name the class.
+        """
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -35,16 +44,16 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     # A console script, unlike `python -m`, does not look for the user's modules where it is called.
     sys.path.insert(0, os.getcwd())
-    given = sys.argv[1:] if args is None else list(args)
-    if given and given[0] in COMMANDS:
+    arguments = sys.argv[1:] if args is None else list(args)
+    if arguments and arguments[0] in COMMANDS:
         try:
-            import_module(COMMANDS[given[0]][0]).main(given[1:])
+            importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
         except PhantomError as error:
             print(f"Error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         return
-    others = "; ".join(f"`{name}`: {does}" for name, (_, does) in COMMANDS.items())
-    LightningCLI(
+    others = "; ".join(f"{name}: {what}" for name, (_, what) in COMMANDS.items())
+    _CLI(
         L.LightningModule,
         L.LightningDataModule,
         subclass_mode_model=True,
@@ -52,11 +61,9 @@ def main(args: Sequence[str] | None = None) -> None:
         save_config_kwargs={"overwrite": True},
         parser_kwargs={
             "prog": "lightning-phantom",
-            "description": (
-                "Train with phantom parallelism: any LightningModule and data, from a config. "
-                f"Further commands, each with a --help of its own: {others}."
-            ),
+            "description": "Train with phantom parallelism: any LightningModule and data, from a config. "
+            f"Other commands, each with its own --help: {others}.",
             "version": lightning_phantom.__version__,
         },
-        args=None if args is None else given,
+        args=None if args is None else arguments,
     )

@@ -201,7 +201,7 @@ def test_plan_says_what_is_wrong(tmp_path, capsys, arguments, message):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--help"], "`plan`: "), (["plan", "--help"], "--simulate-ranks"), (["compare", "--help"], "--control")],
+    [(["--help"], "plan: "), (["plan", "--help"], "--simulate-ranks"), (["compare", "--help"], "--control")],
 )
 def test_plan_and_compare_are_in_the_help(capsys, arguments, words):
     with pytest.raises(SystemExit) as stop:
