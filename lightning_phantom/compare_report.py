@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_phantom.compare_options import ONE_RANK, TP, Request
 
+UNCOUNTED = ("torch",)  # its collectives do not go through this package
 NOISY = 0.25  # spread of a method's rounds, relative to their median, from which the times are called unsteady
 
 
@@ -26,15 +27,18 @@ def summarise(
     methods = {
         m: _method(request, [r for r in runs if r["method"] == m]) for m in dict.fromkeys(r["method"] for r in runs)
     }
+    for figures in (methods[m] for m in UNCOUNTED if m in methods):
+        figures.update(waited_s=None, sent_bytes=None, calls=None)
     tp = {m: methods[m]["step_s"]["median"] for m in TP if m in methods}
     fastest = min(tp, key=lambda m: tp[m], default=None)
+    least_bytes = min((b for m in tp if (b := methods[m]["sent_bytes"]) is not None), default=None)
     return {
         "request": {**asdict(request), "json": str(request.json), "plot": str(request.plot)},
         "environment": dict(environment),
         "methods": methods,
         "left_out": dict(left_out),
         "fastest_tp": fastest,
-        "ratios": {} if fastest is None else {m: _ratios(methods[m], methods[fastest]) for m in methods},
+        "ratios": {} if fastest is None else {m: _ratios(methods[m], methods[fastest], least_bytes) for m in methods},
         "warnings": _warnings(request, environment, methods),
         "runs": list(runs),
     }
@@ -77,11 +81,14 @@ def _to_target(target: float | None, ranks: Sequence[Mapping[str, Any]]) -> dict
     return {"steps": reached[0], "seconds": reached[1], "energy_j": joules, "energy_flag": energy["flag"]}
 
 
-def _ratios(method: Mapping[str, Any], fastest: Mapping[str, Any]) -> dict[str, Any]:
-    """A method over the fastest tensor parallelism; of the step, round by round."""
+def _ratios(method: Mapping[str, Any], fastest: Mapping[str, Any], least_bytes: float | None) -> dict[str, Any]:
+    """A method over the fastest tensor parallelism, steps round by round; bytes over the least that one sends."""
     pairs = sorted(a / b for a, b in zip(method["step_s"]["rounds"], fastest["step_s"]["rounds"], strict=False))
     ratios: dict[str, Any] = {"step": {"median": statistics.median(pairs), "low": pairs[0], "high": pairs[-1]}}
-    for name in ("sent_bytes", "weights", "peak_bytes"):
+    ratios["sent_bytes"] = (
+        None if method["sent_bytes"] is None or not least_bytes else method["sent_bytes"] / least_bytes
+    )
+    for name in ("weights", "peak_bytes"):
         ratios[name] = method[name] / fastest[name] if method[name] is not None and fastest[name] else None
     mine, theirs = method["to_target"], fastest["to_target"]
     if mine and theirs:

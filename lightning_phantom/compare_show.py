@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_phantom.compare_report import UNCOUNTED
+
 
 def show(result: Mapping[str, Any]) -> None:
     """Print a comparison: a column per method, then the warnings."""
@@ -55,7 +57,7 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, Callable[[str], str | No
         return None if s is None else f"{s['median']:.3f} ({s['low']:.3f}-{s['high']:.3f})"
 
     def sent(form: Callable[[str], str | None]) -> Callable[[str], str | None]:
-        return lambda method: "not counted" if method == "torch" else form(method)
+        return lambda method: "not counted" if method in UNCOUNTED else form(method)
 
     def target(name: str, form: str) -> Callable[[str], str | None]:
         def cell(method: str) -> str | None:
@@ -78,7 +80,7 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, Callable[[str], str | No
         ("tokens per s", of("tokens_per_s", "{:,.0f}")),
         ("ms waiting for collectives", sent(of("waited_s", "{:.2f}", 1e3))),
         ("MB sent per rank and step", sent(of("sent_bytes", "{:.3f}", 1e-6))),
-        (f"  over {fastest}", sent(over("sent_bytes"))),
+        ("  over the least of TP", sent(over("sent_bytes"))),
         ("collectives per step", sent(of("calls", "{:g}"))),
         ("weights per rank", of("weights", "{:,.0f}")),
         (f"  over {fastest}", over("weights")),
@@ -118,7 +120,7 @@ def write_plot(result: Mapping[str, Any], path: Path) -> None:
     ]
     times.bar(list(methods), medians, yerr=spread, capsize=3)
     times.set_ylabel("ms per step")
-    counted = [name for name in methods if name != "torch"]
+    counted = [name for name in methods if name not in UNCOUNTED]
     traffic.bar(counted, [methods[name]["sent_bytes"] / 1e6 for name in counted])
     traffic.set_ylabel("MB sent per rank and step")
     for name, method in methods.items():

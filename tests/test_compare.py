@@ -157,6 +157,10 @@ def test_ratios_are_over_the_fastest_tensor_parallelism_round_by_round(config):
     assert result["fastest_tp"] == "megatron"
     assert result["ratios"]["phantom"]["step"] == {"median": 0.75, "low": 0.5, "high": 0.75}
     assert result["methods"]["layerwise"]["step_s"]["median"] == 3.0  # the slowest rank's
+    with_torch = summary(config, runs_of(megatron=[2.0], torch=[1.0], phantom=[0.5]))
+    assert with_torch["fastest_tp"] == "torch" and with_torch["methods"]["torch"]["sent_bytes"] is None
+    assert with_torch["ratios"]["phantom"]["step"]["median"] == 0.5
+    assert with_torch["ratios"]["phantom"]["sent_bytes"] == 1.0  # over megatron's, the only ones counted
     assert result["methods"]["phantom"]["samples_per_s"] == pytest.approx(4 / 1.5)
     assert any("megatron, phantom differ" in warning for warning in result["warnings"])
 
