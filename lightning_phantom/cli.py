@@ -4,6 +4,8 @@ lightning-phantom fit --config run.yaml
 lightning-phantom fit --config run.yaml --trainer.strategy PhantomStrategy --trainer.strategy.num_blocks 8
 lightning-phantom validate --config run.yaml --ckpt_path best.ckpt
 lightning-phantom convert dense.ckpt phantom.ckpt --config run.yaml --num-blocks 8
+lightning-phantom plan --config run.yaml
+lightning-phantom compare --config run.yaml --ranks 2
 """
 
 from __future__ import annotations
@@ -17,10 +19,13 @@ import lightning as L
 from lightning.pytorch.cli import LightningCLI
 
 import lightning_phantom
+from lightning_phantom.errors import PhantomError
 
 # Commands beside Lightning's own: the module whose main(args) runs each, and what it does.
 COMMANDS = {
+    "plan": ("lightning_phantom.plan_command", "what would be swapped, and its cost against tensor parallelism"),
     "convert": ("lightning_phantom.convert_cli", "dense checkpoint <-> phantom checkpoint"),
+    "compare": ("lightning_phantom.compare", "phantom, tensor parallel and dense training, measured side by side"),
 }
 
 
@@ -43,7 +48,11 @@ def main(args: Sequence[str] | None = None) -> None:
     sys.path.insert(0, os.getcwd())
     arguments = sys.argv[1:] if args is None else list(args)
     if arguments and arguments[0] in COMMANDS:
-        importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
+        try:
+            importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
+        except PhantomError as error:
+            print(f"Error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
         return
     others = "; ".join(f"{name}: {what}" for name, (_, what) in COMMANDS.items())
     _CLI(

@@ -15,6 +15,7 @@ for the sum that every rank gets whole (`Ranks.sum`).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,10 +32,18 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 
 @dataclass
 class Traffic:
-    """What one rank sent: `calls` and `sent_bytes` by kind (`"all_gather"`, `"reduce_scatter"`, `"all_reduce"`)."""
+    """What one rank sent, and how long it waited for what others sent.
+
+    Attributes:
+        calls: collectives issued, by kind (`"all_gather"`, `"reduce_scatter"`, `"all_reduce"`).
+        sent_bytes: bytes sent, by kind.
+        waited_s: seconds in which the process did nothing but wait for a collective to end. Where collectives run on
+            a device of their own (NCCL) the process does not wait, and this stays near zero.
+    """
 
     calls: dict[str, int] = field(default_factory=dict)
     sent_bytes: dict[str, int] = field(default_factory=dict)
+    waited_s: float = 0.0
 
     @property
     def total_bytes(self) -> int:
@@ -64,6 +73,15 @@ def record_traffic() -> Iterator[Traffic]:
         yield traffic
     finally:
         _recorders[:] = [r for r in _recorders if r is not traffic]
+
+
+def _wait(work: dist.Work) -> None:
+    """Wait for a collective to end, and note for how long."""
+    start = time.perf_counter()
+    work.wait()
+    waited = time.perf_counter() - start
+    for traffic in _recorders:
+        traffic.waited_s += waited
 
 
 class Ranks:
@@ -108,7 +126,7 @@ class Ranks:
         self._count("all_gather", gathered)
 
         def wait() -> Tensor:
-            work.wait()
+            _wait(work)
             return gathered
 
         return wait
@@ -127,14 +145,14 @@ class Ranks:
             )
 
             def wait() -> Tensor:
-                work.wait()
+                _wait(work)
                 return received.sum(0)
         else:
             reduced = torch.empty_like(parts[0])
             work = _reduce_scatter_single(reduced, parts.flatten(0, 1), group=self.process_group, async_op=True)
 
             def wait() -> Tensor:
-                work.wait()
+                _wait(work)
                 return reduced
 
         return wait
@@ -148,7 +166,7 @@ class Ranks:
         work = dist.all_reduce(x, group=self.process_group, async_op=True)
 
         def wait() -> Tensor:
-            work.wait()
+            _wait(work)
             return x
 
         return wait

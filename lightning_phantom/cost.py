@@ -155,8 +155,8 @@ def estimate_cost(
     if element_bytes is None:
         raise PhantomError(f"dtype={dtype!r}: choose one of {', '.join(ELEMENT_BYTES)}.")
     phantom = megatron = layerwise = Cost(0, 0, 0, 0, 0, 0)
-    row = False  # whether the next stage of the chain is the second of a Megatron pair
-    for layer in _as_layers(layers, entry_needs_grad):
+    chain = _as_layers(layers, entry_needs_grad)
+    for layer, in_pairs in zip(chain, layouts_in_pairs(chain), strict=True):
         if layer.in_features % num_blocks or layer.out_features % num_blocks:
             raise PhantomError(
                 f"a layer of {layer.in_features} -> {layer.out_features} features does not divide into "
@@ -164,11 +164,9 @@ def estimate_cost(
             )
         width = phantom_width if layer.phantom_width is None else layer.phantom_width
         k = resolve_phantom_width(width, layer.in_features, layer.out_features, num_blocks)
-        if not layer.shares_input:
-            row = layer.input_layout == "sharded" and not row
         group = _Group(num_ranks, tokens, element_bytes)
         phantom += _phantom(layer, group, num_blocks, k)
-        megatron += _megatron(layer, group, layer.in_pairs or _alternate(layer, row))
+        megatron += _megatron(layer, group, in_pairs)
         layerwise += _layerwise(layer, group)
     return CostEstimate(phantom, megatron, layerwise)
 
@@ -239,11 +237,15 @@ def _layerwise(layer: Layer, group: _Group) -> Cost:
     return _exact(layer, group, layer.out_features // group.num_ranks, layer_bytes, boundary_bytes, calls)
 
 
-def _alternate(layer: Layer, row: bool) -> tuple[str, str, bool]:
-    """A layer's layouts in pairs, when it is the second of one, or not, and whether it rides on a sibling."""
-    if row:
-        return "sharded", "replicated", layer.shares_input
-    return "replicated", layer.output_layout, layer.shares_input
+def layouts_in_pairs(layers: Sequence[Layer]) -> list[tuple[str, str, bool]]:
+    """Each layer's layouts in Megatron's pairs of column and row, and whether it rides on a sibling there."""
+    found, row = [], False  # row: whether this stage of the chain is the second of a pair
+    for layer in layers:
+        if not layer.shares_input:
+            row = layer.input_layout == "sharded" and not row
+        alternating = ("sharded", "replicated") if row else ("replicated", layer.output_layout)
+        found.append(layer.in_pairs or (*alternating, layer.shares_input))
+    return found
 
 
 def _megatron(layer: Layer, group: _Group, in_pairs: tuple[str, str, bool]) -> Cost:

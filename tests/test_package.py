@@ -19,7 +19,8 @@ ORDER = (
     "errors launch rng files config cost comm linears convert calibrate chain split fused layers parallel_linear "
     "elementwise tracing proof declared ffn swap mesh gradients prepare replicas checkpoint sharded saving running "
     "base strategy tensor_parallel conversion_report conversion calibration_run convert_cli energy_report "
-    "energy_meter energy_fit energy __init__ cli __main__"
+    "energy_meter energy_fit energy __init__ predict measure recipe scale trial simulate plan_command compare_options "
+    "compare_report compare_show compare cli __main__"
 ).split()
 
 

@@ -1,0 +1,98 @@
+"""Reads the config of a run as `lightning-phantom fit` does, and makes from it only what a command needs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_phantom.errors import PhantomError
+
+
+class Recipe(LightningCLI):
+    """A parsed config: nothing is made until it is asked for.
+
+    Args:
+        args: arguments as `fit` takes them: `--config run.yaml`, `--model.lr 0.1`.
+
+    Raises:
+        SystemExit: the arguments do not fit the config; LightningCLI has said why.
+    """
+
+    def __init__(self, args: Sequence[str], prog: str) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            super().__init__(
+                L.LightningModule,
+                None,  # any data, or none: a module may bring its own
+                subclass_mode_model=True,
+                save_config_callback=None,
+                parser_kwargs={"prog": prog},
+                args=list(args),
+                run=False,
+            )
+
+    def _set_seed(self) -> None:
+        """Seed nothing yet."""
+
+    def instantiate_classes(self) -> None:
+        """Make nothing yet."""
+
+    def make_module(self) -> L.LightningModule:
+        """A fresh module."""
+        if self.config.get("model") is None:
+            raise PhantomError("the config names no model: give --config run.yaml with a `model:` in it.")
+        return self._make("model")
+
+    def make_data(self) -> L.LightningDataModule | None:
+        """Fresh data, or None where the module brings its own."""
+        return None if self.config.get("data") is None else self._make("data")
+
+    def make_trainer(self, **changes: Any) -> L.Trainer:
+        """A Trainer with the config's settings, but for `changes`."""
+        settings = self.config.trainer.clone()
+        for name in changes:
+            settings[name] = None  # not made in vain
+        made = self.parser.instantiate_classes(Namespace(trainer=settings))["trainer"]
+        return L.Trainer(**{**made, **changes})
+
+    def strategy_arguments(self, strategy_class: type) -> dict[str, Any]:
+        """What the config gives its strategy, if it is of this class."""
+        strategy = self.config.trainer.strategy
+        if not isinstance(strategy, Namespace) or strategy.class_path.rpartition(".")[2] != strategy_class.__name__:
+            return {}
+        given = {name: value for name, value in strategy.get("init_args", {}).items() if value is not None}
+        return given | strategy.get("dict_kwargs", {})
+
+    @property
+    def seed(self) -> int:
+        """What `seed_everything` asks for; 0 where it asks for nothing, or for a seed of any kind."""
+        seed = self.config.get("seed_everything")
+        return seed if isinstance(seed, int) and not isinstance(seed, bool) else 0
+
+    def config_ranks(self) -> int | None:
+        """How many ranks the config's Trainer starts; None where it is left to the machine."""
+        devices, nodes = self.config.trainer.devices, self.config.trainer.num_nodes
+        if isinstance(devices, (list, tuple)):
+            devices = len(devices)
+        return int(devices) * nodes if str(devices).isdigit() else None
+
+    def _make(self, part: str) -> Any:
+        return self.parser.instantiate_classes(Namespace(**{part: self.config[part]}))[part]
+
+
+def phantom_width(text: str) -> int | float:
+    """A phantom width on a command line: 1 is an int, 1.0 a fraction."""
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
+
+
+def output_file(option: str, text: str | None) -> Path | None:
+    """Where a command is to write, in a folder that exists: said before the work, not after it."""
+    if text is not None and not Path(text).absolute().parent.is_dir():
+        raise PhantomError(f"--{option} {text}: there is no such folder; make it first.")
+    return None if text is None else Path(text)
