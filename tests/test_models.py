@@ -418,11 +418,3 @@ def test_a_declared_layout_is_not_taken_where_it_may_be_wrong(model, reason):
     assert any(reason in text for text in why.values())
     if model()._tp_plan.popitem()[1] == "sequence_parallel":
         assert "'sequence_parallel' in the model's own TP plan, a word that is not used here" in str(why)
-
-
-def test_the_documentation_runs():
-    text = (ROOT / "docs" / "transformers.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 3
-    for block in blocks:
-        exec(compile(block, "docs/transformers.md", "exec"), {})
