@@ -12,6 +12,7 @@ from lightning_phantom.recipe import Recipe, output_file, phantom_width
 
 METHODS = ("dense", "megatron", "layerwise", "torch", "phantom", "control")
 TP = ("megatron", "layerwise", "torch")
+LEAST_WARMUP = 2  # the strategies compare their ranks in a fit's first two batches, which no later step pays for
 ONE_RANK = ("dense", "control")  # on the first rank alone
 
 DESCRIPTION = """\
@@ -111,7 +112,7 @@ def parse(args: Sequence[str]) -> Request:
     for path in filter(None, (given.config, given.control)):
         if not Path(path).is_file():
             raise PhantomError(f"{path} is no file; --config and --control take the YAML of a run.")
-    for name, least in (("ranks", 1), ("rounds", 1), ("steps", 1), ("warmup", 0), ("train_steps", 1)):
+    for name, least in (("ranks", 1), ("rounds", 1), ("steps", 1), ("warmup", LEAST_WARMUP), ("train_steps", 1)):
         value = getattr(given, name)
         if value is not None and value < least:
             raise PhantomError(f"--{name.replace('_', '-')} {value}: needs at least {least}.")
@@ -169,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--rounds", type=int, default=3, metavar="N", help="fits of each method (default: 3)")
     add("--steps", type=int, default=20, metavar="N", help="timed steps of a fit (default: 20)")
-    add("--warmup", type=int, default=5, metavar="N", help="steps before them (default: 5)")
+    add("--warmup", type=int, default=5, metavar="N", help="steps before them, at least 2 (default: 5)")
     add(
         "--train-steps",
         type=int,

@@ -35,8 +35,8 @@ class Measured:
         sent_bytes: bytes this rank sent in collectives of this package, per step.
         calls: such collectives, per step.
         waited_s: seconds spent waiting for them, per step.
-        peak_bytes: the most memory the fit held at once beyond what the process held before it: of the device, or
-            resident memory where the device is the CPU; None where the system does not say.
+        peak_bytes: the most memory held at once while training, beyond what the process held before the module was
+            made: of the device, or resident memory where the device is the CPU; None where the system does not say.
         losses: `(step, seconds of training so far, validation loss)`.
         energy: per steady step in joules, its flag, and the components' flags; None where it was not asked for.
     """
@@ -87,10 +87,6 @@ def run_trial(recipe: Recipe, length: Length, settings: dict[str, Any], prepare:
     Returns:
         This rank's measurements.
     """
-    L.seed_everything(recipe.seed, workers=True, verbose=False)
-    module, data = recipe.make_module(), recipe.make_data()
-    if prepare is not None:
-        prepare(module)
     probe = Probe(length)
     monitor = EnergyMonitor(warmup_steps=length.warmup, print_table=False, log_metrics=False) if length.energy else None
     accumulate = recipe.config.trainer.accumulate_grad_batches or 1
@@ -115,7 +111,11 @@ def run_trial(recipe: Recipe, length: Length, settings: dict[str, Any], prepare:
             default_root_dir=folder,
             **({} if length.validate_every else {"limit_val_batches": 0}),
         )
-        memory = Memory(trainer.strategy.root_device)
+        probe.memory = memory = Memory(trainer.strategy.root_device)
+        L.seed_everything(recipe.seed, workers=True, verbose=False)
+        module, data = recipe.make_module(), recipe.make_data()
+        if prepare is not None:
+            prepare(module)
         trainer.fit(module, datamodule=data)
         measured = probe.result()
         measured.peak_bytes = memory.peak_bytes()
@@ -132,6 +132,7 @@ class Probe(L.Callback):
     def __init__(self, length: Length) -> None:
         self.length = length
         self.measured = Measured()
+        self.memory: Memory | None = None
         self._traffic = Traffic()
         self._recording: Any = None
         self._begin = self._pause = self._train_s = 0.0
@@ -139,6 +140,8 @@ class Probe(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
         self.measured.weights = sum(_held(p) for p in pl_module.parameters())
+        if self.memory is not None:
+            self.memory.restart()
         self._begin, self._pause = time.perf_counter(), 0.0
 
     def on_train_batch_start(
@@ -195,22 +198,26 @@ class Probe(L.Callback):
 
 
 class Memory:
-    """The most memory held since it was made, beyond what was held then."""
+    """The most memory held since the last `restart`, beyond what was held when this was made."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        if device.type == "cuda":
+        self.before: int | None = None
+        if self.restart():
+            self.before = torch.cuda.memory_allocated(device) if device.type == "cuda" else _status_bytes("VmRSS")
+
+    def restart(self) -> bool:
+        """Let the high-water mark fall to what is held now; False where the system cannot."""
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-            self.before: int | None = torch.cuda.memory_allocated(device)
-            return
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return True
         try:
-            ctypes.CDLL(None).malloc_trim(0)  # what an earlier fit has freed goes back to the system
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is held now
+            ctypes.CDLL(None).malloc_trim(0)  # what has been freed goes back to the system
+            Path("/proc/self/clear_refs").write_text("5")
         except (OSError, AttributeError):
-            self.before = None
-        else:
-            self.before = _status_bytes("VmRSS")
+            return False
+        return True
 
     def peak_bytes(self) -> int | None:
         """Bytes; None where the system does not say."""
