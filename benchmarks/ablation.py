@@ -299,7 +299,7 @@ def draw(results: list[Result], path: Path) -> None:
     seeds = "-".join(map(str, sorted({r.seeds for r in results})))
     figure.suptitle(f"Best learning rate each; mean and standard deviation, seeds: {seeds}", fontsize="medium")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None, "Creator": None})
     plt.close(figure)
 
 
