@@ -3,9 +3,9 @@
     python -m benchmarks.time_to_loss examples/digits.yaml --target-loss 0.12 --train-steps 330 --validate-every 11
     python -m benchmarks.time_to_loss examples/lm.yaml --target-loss 2.6 --train-steps 300 --validate-every 20
 
-Every fit is one of `lightning-phantom compare`, two ranks here, the methods in turn. With the first seed each method runs
-at every learning rate of the grid; the one that reaches the target in the fewest steps is its best. Then it runs at that
-one with every seed. Results are kept in `--folder`; what is there is not run again.
+Every fit is one of `lightning-phantom compare`, two ranks here, the methods in turn. With the first seed each method
+runs at every learning rate of the grid; the one that reaches the target in the fewest steps is its best. Then it runs
+at that one with every seed. Results are kept in `--folder`; what is there is not run again.
 """
 
 import argparse
