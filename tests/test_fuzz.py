@@ -72,7 +72,7 @@ MIXING = {
     "roll": lambda h: torch.roll(h, 1, -1),
     "sort": lambda h: torch.sort(h, -1)[0],
     "view": lambda h: h.view(h.shape),
-    "reshape": lambda h: h.reshape(*h.shape[:-1], -1),
+    "reshape": lambda h: h.reshape(*h.shape[:-1], h.shape[-1]),  # also of no tokens at all
     "centre": lambda h: h - h.mean(-1, keepdim=True),
     "first": lambda h: h - h[..., :1],
     "normalise": lambda h: F.layer_norm(h, h.shape[-1:]),

@@ -82,6 +82,10 @@ def test_compiled_to_machine_code():
     module.eval()
     torch._dynamo.reset()
     with torch.no_grad():
+        try:
+            torch.compile(torch.sin)(x)
+        except torch._dynamo.exc.BackendCompilerFailed as error:  # as where torch lies in a path with a space
+            pytest.skip(f"torch.compile fails for torch's own functions here: {str(error)[:80]}")
         assert torch.allclose(torch.compile(module, fullgraph=True)(x), module(x), rtol=1e-10, atol=1e-12)
 
 
