@@ -19,12 +19,12 @@ from training import trainer
 from transformers.pytorch_utils import Conv1D
 
 from lightning_phantom.comm import record_traffic
-from lightning_phantom.config import PhantomConfig
+from lightning_phantom.config import PhantomConfig, TensorParallelConfig
 from lightning_phantom.errors import LayoutError, PlanError
-from lightning_phantom.ffn import plan_phantom
+from lightning_phantom.ffn import plan_phantom, plan_tensor_parallel
 from lightning_phantom.layers import PhantomLinear
 from lightning_phantom.strategy import PhantomStrategy
-from lightning_phantom.swap import densify, phantomize_
+from lightning_phantom.swap import carry_out, densify, phantomize_
 
 ROOT = Path(__file__).parent.parent
 transformers.logging.set_verbosity_error()
@@ -290,6 +290,42 @@ def test_a_dense_state_dict_of_a_conv1d_loads_into_a_swapped_one(inner):
     other = transformers.GPT2LMHeadModel(config).eval()
     swapped.load_state_dict(other.state_dict())
     assert torch.allclose(text(swapped), text(other), rtol=0, atol=1e-5)
+
+
+def _exact_conv1d():
+    group = None if dist.get_world_size() == 1 else dist.group.WORLD
+    results = []
+    for style, inner in (("megatron", 16), ("megatron", 24), ("layerwise", 16), ("layerwise", 24)):
+        torch.manual_seed(8)
+        dense = transformers.GPT2LMHeadModel(gpt2_config(n_inner=inner)).double().eval()
+        torch.manual_seed(9)
+        split = transformers.GPT2LMHeadModel(gpt2_config(n_inner=inner)).double().eval()
+        plan = plan_tensor_parallel(split, TensorParallelConfig(dist.get_world_size(), style=style))
+        carry_out(split, plan, group, None)
+        split.load_state_dict(dense.state_dict())
+        text(dense).square().sum().backward()
+        text(split).square().sum().backward()
+        plain = densify(split)
+        results.append(
+            {
+                "swapped": len(plan.swapped) == 4,
+                "outputs": torch.allclose(text(split), text(dense), rtol=0, atol=1e-10),
+                "gradients": all(
+                    torch.allclose(a.grad, b.grad, rtol=0, atol=1e-10)
+                    for a, b in ((split.transformer.wte.weight, dense.transformer.wte.weight),)
+                ),
+                "dense again": type(plain.transformer.h[0].mlp.c_fc) is Conv1D
+                and all(torch.equal(value, plain.state_dict()[key]) for key, value in dense.state_dict().items()),
+            }
+        )
+    return results
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_tensor_parallel_conv1d_is_the_dense_one(size):
+    for results in run_ranks(size, _exact_conv1d):
+        for result in results:
+            assert all(result.values()), results
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_fast", "gelu_python", "gelu_pytorch_tanh", "quick_gelu", "relu2"])
