@@ -27,6 +27,7 @@ from lightning_phantom.errors import PhantomError, PlanError
 from lightning_phantom.ffn import Plan
 from lightning_phantom.gradients import agree_on_inf, check_optimizers
 from lightning_phantom.launch import PhantomLauncher
+from lightning_phantom.linears import is_linear
 from lightning_phantom.mesh import Sizes, make_mesh
 from lightning_phantom.prepare import (
     check_trainer,
@@ -227,7 +228,7 @@ class SplitStrategy(RunningStrategy):
             self._check_layer(name, layer, config)
         if module is not self._planned:
             self._planned, self.plan = module, None
-        linears = {name for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+        linears = {name for name, m in module.named_modules() if is_linear(m)}
         if self.plan is not None and self.plan.config == config:
             if linears == {layer.name for layer in self.plan.layers}:
                 return

@@ -281,6 +281,16 @@ def test_a_trained_checkpoint_loads_into_the_plain_module(on_two_ranks):
     assert not torch.equal(Language().state_dict()[name], weights[name])
 
 
+def test_a_model_is_planned_once(tmp_path, monkeypatch):
+    plans = []
+    own = PhantomStrategy._plan
+    monkeypatch.setattr(PhantomStrategy, "_plan", lambda *args: plans.append(own(*args)) or plans[-1])
+    strategy = PhantomStrategy(num_blocks=4)
+    data = DataLoader(TensorDataset(TOKENS), batch_size=2)
+    trainer(tmp_path, devices=1, strategy=strategy, max_steps=1).fit(Language(), data)
+    assert len(plans) == 1 and strategy.plan is plans[0]
+
+
 @pytest.mark.parametrize("inner", [16, 24])
 def test_a_dense_state_dict_of_a_conv1d_loads_into_a_swapped_one(inner):
     config = gpt2_config(n_inner=inner)  # at 16 the weights are square: no shape tells which way they lie
