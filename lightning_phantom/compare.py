@@ -45,7 +45,7 @@ def main(args: Sequence[str]) -> None:
     """Run the command with these arguments: as a rank, or as the one that starts the ranks."""
     request = compare_options.parse(args)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        Comparison(request, Ranks.from_environment()).run()
+        Comparison(request, Job.from_environment()).run()
         return
     for method in request.methods:
         request.recipe(method)  # what is wrong with a config is said once, not by every rank
@@ -62,8 +62,8 @@ def main(args: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process among those of the job, which speak through the launcher's store."""
+class Job:
+    """This process among those that the launcher has started, which speak through its store."""
 
     rank: int
     size: int
@@ -71,7 +71,7 @@ class Ranks:
     store: Store
 
     @classmethod
-    def from_environment(cls) -> Ranks:
+    def from_environment(cls) -> Job:
         """As torchrun has set it up."""
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -95,7 +95,7 @@ class Comparison:
         ranks: this process and the others.
     """
 
-    def __init__(self, request: compare_options.Request, ranks: Ranks) -> None:
+    def __init__(self, request: compare_options.Request, ranks: Job) -> None:
         self.request, self.ranks = request, ranks
         self.runs: list[dict[str, Any]] = []
 
