@@ -63,8 +63,8 @@ class RandomVectors(L.LightningDataModule):
         self.held_out = TensorDataset(x[held_out:], y[held_out:])
 
     def train_dataloader(self) -> DataLoader:
-        """Batches in order."""
-        return DataLoader(self.train, batch_size=self.samples)
+        """Shuffled batches."""
+        return DataLoader(self.train, batch_size=self.samples, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
         """The batch held out."""

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
@@ -32,7 +32,8 @@ from lightning_phantom.compare_report import summarise
 from lightning_phantom.compare_show import show, write_json, write_plot
 from lightning_phantom.config import TensorParallelConfig
 from lightning_phantom.errors import PhantomError
-from lightning_phantom.ffn import Plan, plan_tensor_parallel
+from lightning_phantom.ffn import plan_tensor_parallel
+from lightning_phantom.plan import Plan
 from lightning_phantom.recipe import Recipe
 from lightning_phantom.strategy import PhantomStrategy
 from lightning_phantom.tensor_parallel import TensorParallelStrategy
@@ -146,8 +147,7 @@ class Comparison:
         key, alone = f"{round_number}/{method}", method in compare_options.ONE_RANK
         measured: Measured | None = None
         if not alone or self.ranks.rank == 0:
-            if not alone:
-                self._meet(key, recipe)
+            self._meet(key, recipe, alone)
             try:
                 measured = run_trial(recipe, self._length(round_number), *self._settings(method, recipe))
             finally:
@@ -156,14 +156,15 @@ class Comparison:
         seen = self.ranks.gather(key, None if measured is None else measured.as_dict())
         self.runs.append({"method": method, "round": round_number, "ranks": [one for one in seen if one is not None]})
 
-    def _meet(self, key: str, recipe: Recipe) -> None:
-        """A process group of this run's own."""
+    def _meet(self, key: str, recipe: Recipe, alone: bool) -> None:
+        """A process group of this run's own, for all ranks or the first alone."""
         on_gpu = recipe.config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         if on_gpu:
             torch.cuda.set_device(self.ranks.rank % self.ranks.per_host)
         store = PrefixStore(f"group/{key}", self.ranks.store)
         backend = "nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, store=store, rank=self.ranks.rank, world_size=self.ranks.size)
+        size = 1 if alone else self.ranks.size
+        dist.init_process_group(backend, store=store, rank=self.ranks.rank, world_size=size)
 
     def _length(self, round_number: int) -> Length:
         """The first round also trains to the losses; the others only take times."""
@@ -180,7 +181,7 @@ class Comparison:
         size = self.ranks.size
         together = {"devices": self.ranks.per_host, "num_nodes": size // self.ranks.per_host}
         if method in compare_options.ONE_RANK:
-            return {"strategy": "auto", "devices": 1, "num_nodes": 1, "plugins": [LightningEnvironment()]}, None
+            return {"strategy": OneRank(), "devices": 1, "num_nodes": 1, "plugins": [Alone()]}, None
         if method == "torch":
             strategy: Any = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=size)
             return together | {"strategy": strategy}, parallelise_with_torch
@@ -193,6 +194,20 @@ class Comparison:
             style: Any = method
             strategy = TensorParallelStrategy(tensor_parallel_size=size, data_parallel_size=1, style=style)
         return together | {"strategy": strategy}, None
+
+
+class Alone(LightningEnvironment):
+    """The surroundings of one rank among several: it is alone in its world, and the launcher's variables stay."""
+
+    def teardown(self) -> None:
+        """Remove nothing: the next run needs the launcher's WORLD_SIZE."""
+
+
+class OneRank(DDPStrategy):
+    """One rank alone, that reads the batches in the order of several: Lightning gives a lone device another sampler."""
+
+    def configure_ddp(self) -> None:
+        """Wrap nothing: there are no gradients to average."""
 
 
 def torch_plan(module: nn.Module, num_ranks: int) -> tuple[Plan, dict[str, Any]]:

@@ -60,7 +60,7 @@ def test_compare_on_two_ranks(config, tmp_path):
         assert f"{figures['val_loss']:.4f}" in run.stdout, method
     for method in ("megatron", "layerwise", "torch"):
         for mine, dense in zip(methods[method]["losses"], methods["dense"]["losses"], strict=True):
-            assert mine[2] == pytest.approx(dense[2], rel=1e-4)
+            assert mine[2] == pytest.approx(dense[2], rel=2e-6)  # another order of batches: 1.5e-5
     assert methods["phantom"]["losses"] != methods["dense"]["losses"]
     # The data need no gradient: the cost model's, without the entry's.
     expected = estimate_cost([(32, 32)] * 4, 2, 4, 2, 16, entry_needs_grad=False)
