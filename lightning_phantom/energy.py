@@ -19,7 +19,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_phantom import energy_meter, energy_report
+from lightning_phantom import energy_meter, energy_report, energy_show
 from lightning_phantom.energy_fit import Fit, gather
 from lightning_phantom.energy_report import RankRecord
 from lightning_phantom.errors import PhantomError
@@ -189,7 +189,7 @@ class EnergyMonitor(Callback):
         records = fit.share(trainer)
         with fit.guard(fatal=False):
             report = self._summary(trainer, records)
-            fit.epochs.append(energy_report.epoch_row(report, trainer.current_epoch, trainer.global_step))
+            fit.epochs.append(energy_show.epoch_row(report, trainer.current_epoch, trainer.global_step))
             self._publish(trainer, report)
         self._raise_together(trainer, fit)
 
@@ -208,7 +208,7 @@ class EnergyMonitor(Callback):
                 self._publish(trainer, self.report)
             if trainer.is_global_zero:
                 with fit.guard(fatal=False):
-                    energy_report.write(self.report, fit.epochs, fit.output_dir)
+                    energy_show.write(self.report, fit.epochs, fit.output_dir)
                 with fit.guard(fatal=False):
                     self._print(self.report)
         self._fit = None
@@ -227,7 +227,7 @@ class EnergyMonitor(Callback):
             self.report = self._summary(trainer, [fit.record(trainer)], complete=False)
             if fit.is_owner or trainer.is_global_zero:
                 suffix = "" if trainer.is_global_zero else f"_rank{trainer.global_rank}"
-                energy_report.write(self.report, fit.epochs, fit.output_dir, suffix)
+                energy_show.write(self.report, fit.epochs, fit.output_dir, suffix)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Stop a meter that is still running, as after a fit that had nothing to train."""
@@ -255,7 +255,7 @@ class EnergyMonitor(Callback):
         }
 
     def _publish(self, trainer: pl.Trainer, report: dict[str, Any]) -> None:
-        figures = energy_report.metrics(report)
+        figures = energy_show.metrics(report)
         trainer.callback_metrics.update({k: torch.tensor(v, dtype=torch.float64) for k, v in figures.items()})
         if self.log_metrics:
             for logger in trainer.loggers:
@@ -265,7 +265,7 @@ class EnergyMonitor(Callback):
         if self.print_table:
             from rich.console import Console
 
-            Console().print(energy_report.table(report))
+            Console().print(energy_show.table(report))
 
     def _raise_together(self, trainer: pl.Trainer, fit: Fit) -> None:
         if not self.strict:

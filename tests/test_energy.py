@@ -27,7 +27,7 @@ from ranks import run_ranks
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from lightning_phantom import energy_fit, energy_meter, energy_report
+from lightning_phantom import energy_fit, energy_meter, energy_report, energy_show
 from lightning_phantom.energy import EnergyMonitor
 from lightning_phantom.energy_report import Device, Energy, RankRecord
 from lightning_phantom.errors import PhantomError
@@ -404,7 +404,7 @@ def test_the_table_shows_a_flag_beside_every_figure(tmp_path, capsys, on_gpu):
     monitor, _, _ = fit(tmp_path, Bench(), carbon_intensity=500)
     assert "steady J/step" in capsys.readouterr().out
     out = io.StringIO()
-    Console(file=out, width=80).print(energy_report.table(monitor.report))
+    Console(file=out, width=80).print(energy_show.table(monitor.report))
     lines = {line.strip().split("  ")[0]: " ".join(line.split()) for line in out.getvalue().splitlines()}
     assert lines["train"] == "train 16 2,400 320 80 175 modelled"
     assert lines["validation"] == "validation 6 420 48 30 83 modelled"
@@ -421,7 +421,7 @@ def test_the_table_shows_a_flag_beside_every_figure(tmp_path, capsys, on_gpu):
 
 def test_the_table_shows_what_is_missing_as_missing(tmp_path):
     out = io.StringIO()
-    Console(file=out, width=80).print(energy_report.table(fit(tmp_path, Bench(fail_at="start"))[0].report))
+    Console(file=out, width=80).print(energy_show.table(fit(tmp_path, Bench(fail_at="start"))[0].report))
     (train,) = (line.split() for line in out.getvalue().splitlines() if line.strip().startswith("train"))
     assert train == ["train", "-", "-", "-", "-", "-", "failed"]
 
@@ -559,7 +559,7 @@ def test_a_failing_meter_leaves_training_alone(tmp_path, caplog, failure):
     for row in (report["total"], report["steady"], *report["phases"].values()):
         assert {row[key] for key in ("duration_s", "gpu_J", "cpu_J", "ram_J", "total_J", "avg_power_W")} == {None}
     assert len(report["problems"]["0"]) == 1
-    assert set(energy_report.metrics(report)) == {"energy/overhead_s"}
+    assert set(energy_show.metrics(report)) == {"energy/overhead_s"}
     assert json.loads((tmp_path / "energy_report.json").read_text()) == report
     assert len([r for r in caplog.records if r.name.startswith("lightning_phantom")]) == 1
 
