@@ -164,7 +164,7 @@ def estimate_cost(
             )
         width = phantom_width if layer.phantom_width is None else layer.phantom_width
         k = resolve_phantom_width(width, layer.in_features, layer.out_features, num_blocks)
-        group = _Group(num_ranks, tokens, element_bytes)
+        group = Group(num_ranks, tokens, element_bytes)
         phantom += _phantom(layer, group, num_blocks, k)
         megatron += _megatron(layer, group, in_pairs)
         layerwise += _layerwise(layer, group)
@@ -189,7 +189,7 @@ def _as_layers(layers: Sequence[Layer | tuple[int, int]], entry_needs_grad: bool
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
     """R ranks and the activations they exchange."""
 
     num_ranks: int
@@ -202,7 +202,7 @@ class _Group:
         return count * sent, count * (self.num_ranks > 1)
 
 
-def _phantom(layer: Layer, group: _Group, p: int, k: int) -> Cost:
+def _phantom(layer: Layer, group: Group, p: int, k: int) -> Cost:
     q, m_in, m_out = p // group.num_ranks, layer.in_features // p, layer.out_features // p
     local, compressor, decompressor = q * m_out * m_in, q * k * m_in, q * m_out * (p - 1) * k
     products = local + compressor + decompressor
@@ -226,7 +226,7 @@ def _gathers_gradient(layer: Layer) -> bool:
     return layer.input_layout == "replicated" and layer.needs_input_grad and not layer.shares_input
 
 
-def _layerwise(layer: Layer, group: _Group) -> Cost:
+def _layerwise(layer: Layer, group: Group) -> Cost:
     """An all-gather and a reduce-scatter; where every rank has the input, one all-reduce, half of it the entry's."""
     sharded = layer.input_layout == "sharded"
     moves = 0 if layer.shares_input else sharded + layer.needs_input_grad
@@ -248,7 +248,7 @@ def layouts_in_pairs(layers: Sequence[Layer]) -> list[tuple[str, str, bool]]:
     return found
 
 
-def _megatron(layer: Layer, group: _Group, in_pairs: tuple[str, str, bool]) -> Cost:
+def _megatron(layer: Layer, group: Group, in_pairs: tuple[str, str, bool]) -> Cost:
     """A column-parallel layer all-reduces its input's gradient, a row-parallel one its output: two gathers' bytes."""
     *layouts, rides = in_pairs
     if layouts == ["sharded", "replicated"]:
@@ -264,7 +264,7 @@ def _megatron(layer: Layer, group: _Group, in_pairs: tuple[str, str, bool]) -> C
     return _exact(layer, group, layer.out_features // group.num_ranks, sent, leave_bytes, calls + leave_calls)
 
 
-def _exact(layer: Layer, group: _Group, bias: int, layer_bytes: int, boundary_bytes: int, calls: int) -> Cost:
+def _exact(layer: Layer, group: Group, bias: int, layer_bytes: int, boundary_bytes: int, calls: int) -> Cost:
     """The cost of a layer whose dense weight is split over the group, whichever way."""
     products = layer.in_features * layer.out_features // group.num_ranks
     return Cost(

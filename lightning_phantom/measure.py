@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
 
 from lightning_phantom.comm import Ranks
-from lightning_phantom.cost import ELEMENT_BYTES, Layer
+from lightning_phantom.cost import ELEMENT_BYTES, Group, Layer
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers import PhantomLinear
-from lightning_phantom.predict import Group, Machine, Work, exact_stages, phantom_stages
+from lightning_phantom.predict import Machine, Work, exact_stages, phantom_stages
 
 # features, blocks (1: dense), phantom width, tokens
 CALIBRATION = (

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from lightning_phantom.config import resolve_phantom_width
-from lightning_phantom.cost import ELEMENT_BYTES, Layer, layouts_in_pairs
+from lightning_phantom.cost import ELEMENT_BYTES, Group, Layer, layouts_in_pairs
 
 METHODS = ("dense", "tensor_parallel", "tensor_parallel_layerwise", "phantom")
 
@@ -86,21 +86,12 @@ class Stage:
     calls: int = 0
 
 
-@dataclass(frozen=True)
-class Group:
-    """R ranks and the activations that they exchange."""
-
-    num_ranks: int
-    tokens: int
-    element_bytes: int
-
-    def collective(self, width: int, behind: Work | None = None, calls: int = 1) -> Stage:
-        """An exchange of activations with `width` features in all, hidden behind some work; nothing for one rank."""
-        if self.num_ranks == 1:
-            return Stage()
-        elements = width * self.tokens
-        sent = (self.num_ranks - 1) * elements * self.element_bytes // self.num_ranks
-        return Stage(Work(), behind or Work(), sent, calls)
+def collective(group: Group, width: int, behind: Work | None = None, calls: int = 1) -> Stage:
+    """An exchange of activations with `width` features in all, hidden behind some work; nothing for one rank."""
+    if group.num_ranks == 1:
+        return Stage()
+    sent, _ = group.collectives(width, 1)
+    return Stage(Work(), behind or Work(), sent, calls)
 
 
 @dataclass(frozen=True)
@@ -184,18 +175,18 @@ def exact_stages(layer: Layer, layouts: tuple[str, str, bool], row: bool, group:
     if layer.needs_input_grad:
         backward += product(1, tokens, out_here, in_here)
     if row:
-        return [Stage(forward), group.collective(2 * layer.out_features), Stage(backward)]
+        return [Stage(forward), collective(group, 2 * layer.out_features), Stage(backward)]
     rides = layouts[2]
     gathered = several and layouts[0] == "sharded"
     stages = [Stage(forward), Stage(backward)]
     if gathered and not rides:
         own_share = product(1, tokens, in_here // ranks, out_here)
-        stages.append(group.collective(layer.in_features, behind=own_share))
+        stages.append(collective(group, layer.in_features, behind=own_share))
     if layer.needs_input_grad and not rides:
         passes = 1 if gathered else 2
-        stages.append(group.collective(passes * layer.in_features, behind=weight_grad))
+        stages.append(collective(group, passes * layer.in_features, behind=weight_grad))
     if layouts[1] == "replicated":
-        stages.append(group.collective(layer.out_features))
+        stages.append(collective(group, layer.out_features))
     return stages
 
 
@@ -215,9 +206,9 @@ def phantom_stages(layer: Layer, num_blocks: int, k: int, group: Group) -> list[
         rest += product(q, tokens, k, m_in)  # C^T h
     stages = [Stage(forward), Stage(latents + factors + rest)]
     calls = 0 if layer.shares_input else 1  # siblings' latents travel side by side
-    stages += [group.collective(p * k, work, calls) for work in (local, factors)]
+    stages += [collective(group, p * k, work, calls) for work in (local, factors)]
     if layer.input_layout == "replicated" and layer.needs_input_grad and not layer.shares_input:
-        stages.append(group.collective(layer.in_features))
+        stages.append(collective(group, layer.in_features))
     if layer.output_layout == "replicated":
-        stages.append(group.collective(layer.out_features))
+        stages.append(collective(group, layer.out_features))
     return stages
