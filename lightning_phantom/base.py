@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from abc import abstractmethod
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,11 +25,11 @@ from torch import nn
 from lightning_phantom.comm import broadcast
 from lightning_phantom.config import is_int
 from lightning_phantom.errors import PhantomError, PlanError
-from lightning_phantom.ffn import Plan
 from lightning_phantom.gradients import agree_on_inf, check_optimizers
 from lightning_phantom.launch import PhantomLauncher
 from lightning_phantom.linears import is_linear
 from lightning_phantom.mesh import Sizes, make_mesh
+from lightning_phantom.plan import Plan
 from lightning_phantom.prepare import (
     check_trainer,
     check_update_rules,
@@ -104,22 +105,22 @@ class SplitStrategy(RunningStrategy):
 
     # What the two strategies differ in
 
+    @abstractmethod
     def _settle_sizes(self) -> Sizes:
         """R and D for the devices there are."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def config(self) -> Any:
         """What is asked for, with the sizes and the seed settled."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _plan(self, module: nn.Module, config: Any) -> Plan:
         """What happens to each linear of a module."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _check_layer(self, name: str, layer: SplitLinear, config: Any) -> None:
         """Raise PhantomError if a layer that is split already is none that this strategy would make."""
-        raise NotImplementedError
 
     # Start of a run
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import ClassVar
 
 from lightning_phantom.errors import PhantomError
 
@@ -42,6 +43,10 @@ class PhantomConfig:
     init: str = "auto"
     seed: int = 0
 
+    layer_kind: ClassVar[str] = "phantom"
+    parts_name: ClassVar[str] = "num_blocks"
+    in_pairs: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if not is_int(self.num_blocks) or self.num_blocks < 2:
             raise PhantomError(
@@ -54,6 +59,18 @@ class PhantomConfig:
             raise PhantomError(f"init={self.init!r}: choose one of {', '.join(map(repr, INITS))}.")
         if not is_int(self.seed) or not 0 <= self.seed < 2**64:
             raise PhantomError(f"seed={self.seed!r}: needs an int in [0, 2**64).")
+
+    @property
+    def parts(self) -> int:
+        """The number of equal parts that the features of a layer are cut into: p."""
+        return self.num_blocks
+
+    def width_of(self, in_features: int, out_features: int) -> int | None:
+        """The phantom width k of a layer of these sizes."""
+        return resolve_phantom_width(self.phantom_width, in_features, out_features, self.num_blocks)
+
+    def __str__(self) -> str:
+        return f"num_blocks={self.num_blocks}"
 
 
 @dataclass(frozen=True)
@@ -76,12 +93,35 @@ class TensorParallelConfig:
     style: str = "megatron"
     seed: int = 0
 
+    layer_kind: ClassVar[str] = "tensor-parallel"
+    parts_name: ClassVar[str] = "num_ranks"
+    init: ClassVar[str] = "from_dense"
+
     def __post_init__(self) -> None:
         if not is_int(self.num_ranks) or self.num_ranks < 1:
             raise PhantomError(f"num_ranks={self.num_ranks!r}: needs an int of at least 1.")
         check_plan_words(self.plan)
         if self.style not in STYLES:
             raise PhantomError(f"style={self.style!r}: choose one of {', '.join(map(repr, STYLES))}.")
+
+    @property
+    def parts(self) -> int:
+        """The number of equal parts that the features of a layer are cut into: R."""
+        return self.num_ranks
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether layers form pairs that meet the ranks once, Megatron's way."""
+        return self.style == "megatron"
+
+    def width_of(self, in_features: int, out_features: int) -> None:
+        """None: an exact layer has no phantom width."""
+
+    def __str__(self) -> str:
+        return f"num_ranks={self.num_ranks}, style={self.style}"
+
+
+Config = PhantomConfig | TensorParallelConfig
 
 
 def resolve_phantom_width(phantom_width: int | float, in_features: int, out_features: int, num_blocks: int) -> int:

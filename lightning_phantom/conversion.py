@@ -24,9 +24,9 @@ from lightning_phantom.conversion_report import ConversionReport, ConvertedLayer
 from lightning_phantom.convert import Blocks, Factors, from_dense, merge, to_dense
 from lightning_phantom.cost import phantom_weights
 from lightning_phantom.errors import CheckpointError
-from lightning_phantom.ffn import Plan, PlannedLayer
 from lightning_phantom.files import check_records, on_disk
 from lightning_phantom.layers import FACTORS
+from lightning_phantom.plan import Plan, PlannedLayer
 
 STATISTICS_BYTES = 4 * 2**30  # layers whose moments take more than this together are calibrated in several passes
 # What Lightning and its callbacks keep of a training that is under way.

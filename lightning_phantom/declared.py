@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_phantom.linears import features, is_linear
-from lightning_phantom.proof import ProvenChain, Traces, join
+from lightning_phantom.plan import ProvenChain, join
+from lightning_phantom.proof import Traces
 
 _LAYOUTS = {"colwise": ("replicated", "sharded"), "rowwise": ("sharded", "replicated")}
 _FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward", re.IGNORECASE)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,159 +13,19 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_phantom.chain import runs_own_forward
-from lightning_phantom.config import PhantomConfig, TensorParallelConfig, resolve_phantom_width
-from lightning_phantom.cost import Layer, phantom_weights
+from lightning_phantom.config import Config, PhantomConfig, TensorParallelConfig
+from lightning_phantom.cost import phantom_weights
 from lightning_phantom.declared import declared_chains, declared_words, left_exact
 from lightning_phantom.errors import PlanError
 from lightning_phantom.layers import PhantomLinear
 from lightning_phantom.linears import features, is_conv1d, is_linear
-from lightning_phantom.proof import ProvenChain, Traces
+from lightning_phantom.plan import EXACT_WORDS, WORDS, Plan, PlannedLayer, ProvenChain
+from lightning_phantom.proof import Traces
 from lightning_phantom.split import SplitLinear
 from lightning_phantom.tracing import has_forward_hooks
 
 # Modules that read the weights of their linears themselves, in fused kernels.
 _READS_WEIGHTS = (nn.MultiheadAttention,)
-_WORDS = {
-    ("replicated", "sharded"): "colwise",
-    ("sharded", "replicated"): "rowwise",
-    ("sharded", "sharded"): "sharded",
-    ("replicated", "replicated"): "phantom",
-}
-_EXACT_WORDS = {**_WORDS, ("replicated", "replicated"): "gathered"}
-Config = PhantomConfig | TensorParallelConfig
-
-
-@dataclass(frozen=True)
-class PlannedLayer:
-    """What happens to one linear, and why.
-
-    Attributes:
-        name: full name of the module.
-        in_features: its input width.
-        out_features: its output width.
-        bias: whether it has one.
-        transposed: whether its weight is kept as [in, out].
-        decision: `"colwise"`, `"sharded"`, `"rowwise"`, `"phantom"` or, in a tensor-parallel plan, `"gathered"` (both
-            replicated at both ends), or `"skip"` when it stays as it is.
-        reason: why, in words.
-        phantom_width: k, resolved for this layer; None when it stays dense.
-        weights_before: parameters of the dense layer.
-        weights_after: parameters after the swap, all ranks together.
-    """
-
-    name: str
-    in_features: int
-    out_features: int
-    bias: bool
-    transposed: bool
-    decision: str
-    reason: str
-    phantom_width: int | None
-    weights_before: int
-    weights_after: int
-
-    @property
-    def swapped(self) -> bool:
-        """Whether the layer is replaced."""
-        return self.decision != "skip"
-
-    @property
-    def layouts(self) -> tuple[str, str]:
-        """Input and output layout of a swapped layer."""
-        words = (*_WORDS.items(), *_EXACT_WORDS.items())
-        return next(layouts for layouts, word in words if word == self.decision)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `phantomize_`, or a strategy, would do to a module; `print(plan)` shows it as a table.
-
-    Attributes:
-        config: the request it answers.
-        layers: every linear of the module, in `named_modules` order.
-        chains: the proven chains among the swapped ones.
-    """
-
-    config: Config
-    layers: tuple[PlannedLayer, ...]
-    chains: tuple[ProvenChain, ...]
-
-    @property
-    def swapped(self) -> tuple[PlannedLayer, ...]:
-        """The layers that are replaced."""
-        return tuple(layer for layer in self.layers if layer.swapped)
-
-    def replicated(self, chain: ProvenChain) -> frozenset[int]:
-        """The values inside a chain that every rank holds whole: none, but in Megatron's pairs."""
-        return chain.between_pairs() if self._in_pairs else frozenset()
-
-    def siblings(self, chain: ProvenChain) -> tuple[tuple[str, ...], ...]:
-        """The groups of a chain's members that share their collectives."""
-        return chain.siblings_in_pairs() if self._in_pairs else chain.siblings
-
-    @property
-    def _in_pairs(self) -> bool:
-        return isinstance(self.config, TensorParallelConfig) and self.config.style == "megatron"
-
-    def cost_layers(self) -> list[Layer]:
-        """The swapped layers as `estimate_cost` takes them: chain by chain in forward order, then the lone ones."""
-        by_name = {layer.name: layer for layer in self.swapped}
-        riders = {name for chain in self.chains for group in chain.siblings for name in group[1:]}
-        pair_riders = {name for chain in self.chains for group in chain.siblings_in_pairs() for name in group[1:]}
-        layouts = {name: both for chain in self.chains for name, both in chain.layouts().items()}
-        pairs = {name: both for chain in self.chains for name, both in chain.layouts(chain.between_pairs()).items()}
-        lone = ("replicated", "replicated")
-        return [
-            Layer(
-                by_name[name].in_features,
-                by_name[name].out_features,
-                by_name[name].bias,
-                *layouts.get(name, lone),
-                shares_input=name in riders,
-                phantom_width=by_name[name].phantom_width,
-                in_pairs=(*pairs.get(name, lone), name in pair_riders),
-            )
-            for name in dict.fromkeys([*layouts, *by_name])
-        ]
-
-    def __rich__(self) -> Any:
-        """Render the plan as a rich table."""
-        from rich.table import Table
-
-        linears = f"{len(self.swapped)} of {len(self.layers)} linears"
-        if isinstance(self.config, TensorParallelConfig):
-            title = f"Tensor-parallel plan: {linears}, num_ranks={self.config.num_ranks}, style={self.config.style}"
-        else:
-            title = f"Phantom plan: {linears}, num_blocks={self.config.num_blocks}"
-        table = Table(title=title, title_justify="left")
-        for column in ("linear", "in", "out", "decision", "k", "weights before", "after"):
-            table.add_column(column, justify="left" if column in ("linear", "decision") else "right", no_wrap=True)
-        table.add_column("reason", overflow="fold")
-        for layer in self.layers:
-            table.add_row(
-                layer.name,
-                str(layer.in_features),
-                str(layer.out_features),
-                layer.decision,
-                "-" if layer.phantom_width is None else str(layer.phantom_width),
-                f"{layer.weights_before:,}",
-                f"{layer.weights_after:,}",
-                layer.reason,
-            )
-        table.add_section()
-        before = sum(layer.weights_before for layer in self.layers)
-        after = sum(layer.weights_after for layer in self.layers)
-        table.add_row(
-            "all linears", "", "", "", "", f"{before:,}", f"{after:,}", f"{after / max(before, 1):.3f} of dense"
-        )
-        return table
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=140)
-        console.print(self)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
 
 
 def plan_phantom(module: nn.Module, config: PhantomConfig) -> Plan:
@@ -202,7 +61,7 @@ def plan_tensor_parallel(module: nn.Module, config: TensorParallelConfig) -> Pla
     plan = _make_plan(module, config)
     styled = {name: both for c in plan.chains for name, both in c.layouts(plan.replicated(c)).items()}
     layers = [
-        replace(layer, decision=_EXACT_WORDS[styled.get(layer.name, layer.layouts)]) if layer.swapped else layer
+        replace(layer, decision=EXACT_WORDS[styled.get(layer.name, layer.layouts)]) if layer.swapped else layer
         for layer in plan.layers
     ]
     return replace(plan, layers=tuple(layers))
@@ -289,9 +148,9 @@ def _resolve_words(
 def _check_layouts(words: Mapping[str, str], layouts: Mapping[str, tuple[str, str]], why: Any) -> None:
     """Raise PlanError where the user names a layout that differs from the proven one."""
     for name, proven in layouts.items():
-        if words[name] not in ("phantom", _WORDS[proven]):
+        if words[name] not in ("phantom", WORDS[proven]):
             raise PlanError(
-                f"plan entry {name!r}: {words[name]!r} is not proven; what is proven is {_WORDS[proven]!r} (input "
+                f"plan entry {name!r}: {words[name]!r} is not proven; what is proven is {WORDS[proven]!r} (input "
                 f"{proven[0]}, output {proven[1]}). "
                 + (f"Reason: {why(name)}. " if proven == ("replicated", "replicated") else "")
                 + "Name it 'phantom' to get the best proven layout."
@@ -304,35 +163,26 @@ def _describe(
     sizes = features(linear)
     bias = linear.bias is not None
     before = math.prod(sizes) + bias * sizes[1]
+    decision, k, blocks = "skip", None, config.parts
     if isinstance(linear, PhantomLinear):
-        k = linear.phantom_width
-        after = phantom_weights(*sizes, linear.num_blocks, k, bias)
-        return PlannedLayer(name, *sizes, bias, is_conv1d(type(linear)), "skip", reason, k, before, after)
-    decision = "skip" if layouts is None else _WORDS[layouts]
-    if layouts is None or isinstance(config, TensorParallelConfig):
-        return PlannedLayer(name, *sizes, bias, is_conv1d(type(linear)), decision, reason, None, before, before)
-    k = resolve_phantom_width(config.phantom_width, *sizes, config.num_blocks)
-    after = phantom_weights(*sizes, config.num_blocks, k, bias)
+        k, blocks = linear.phantom_width, linear.num_blocks
+    elif layouts is not None:
+        decision, k = WORDS[layouts], config.width_of(*sizes)
+    after = before if k is None else phantom_weights(*sizes, blocks, k, bias)
     return PlannedLayer(name, *sizes, bias, is_conv1d(type(linear)), decision, reason, k, before, after)
 
 
 def _indivisible(linear: nn.Module, config: Config) -> str | None:
-    if isinstance(config, TensorParallelConfig):
-        parts, into = config.num_ranks, f"between {config.num_ranks} ranks"
-    else:
-        parts, into = config.num_blocks, f"into num_blocks={config.num_blocks}"
     sizes = features(linear)
-    if any(size % parts or not size for size in sizes):
-        return f"{sizes[0]} -> {sizes[1]} features do not divide {into}"
+    if any(size % config.parts or not size for size in sizes):
+        return f"{sizes[0]} -> {sizes[1]} features do not divide into {config.parts_name}={config.parts}"
     return None
 
 
 def _no_gain(linear: nn.Module, config: Config) -> str | None:
-    if isinstance(config, TensorParallelConfig):
-        return None
     sizes = features(linear)
-    k = resolve_phantom_width(config.phantom_width, *sizes, config.num_blocks)
-    if phantom_weights(*sizes, config.num_blocks, k, False) < math.prod(sizes):
+    k = config.width_of(*sizes)
+    if k is None or phantom_weights(*sizes, config.parts, k, False) < math.prod(sizes):
         return None
     return f"phantom would not make it smaller at k={k}"
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
@@ -20,54 +20,8 @@ from lightning_phantom.chain import runs_own_forward
 from lightning_phantom.elementwise import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_METHODS, is_elementwise_module
 from lightning_phantom.fused import BLOCKS
 from lightning_phantom.linears import features, is_linear
+from lightning_phantom.plan import ProvenChain, join
 from lightning_phantom.tracing import has_forward_hooks, trace_forward
-
-
-@dataclass(frozen=True)
-class ProvenChain:
-    """A chain, proven in the forward of its owner. All names are full names, from the root module.
-
-    Attributes:
-        owner: the module whose forward was proven.
-        flows: each member with the value that it reads and the one that it writes, in the order of the forward. The
-            values inside the chain are numbered; None is a value that something else reads or writes.
-        siblings: groups of members that read the same value and so share their collectives.
-        dropouts: each nn.Dropout on the way, with the value that it reads in each call in the owner's forward.
-        opaque: what the owner calls that could not be traced; no member may run in there.
-    """
-
-    owner: str
-    flows: tuple[tuple[str, int | None, int | None], ...]
-    siblings: tuple[tuple[str, ...], ...] = ()
-    dropouts: tuple[tuple[str, tuple[int | None, ...]], ...] = ()
-    opaque: tuple[str, ...] = ()
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        """Names of the chain's linears, in the order of the forward."""
-        return tuple(name for name, _, _ in self.flows)
-
-    def layouts(self, replicated: Collection[int] = ()) -> dict[str, tuple[str, str]]:
-        """Input and output layout of each member, when all values inside but the `replicated` ones are sharded."""
-        whole = {None, *replicated}
-        return {
-            name: ("replicated" if read in whole else "sharded", "replicated" if written in whole else "sharded")
-            for name, read, written in self.flows
-        }
-
-    def between_pairs(self) -> frozenset[int]:
-        """The values that every rank holds whole in Megatron's pairs: those made from sharded ones."""
-        layouts: dict[int | None, str] = {None: "replicated"}
-        for _, read, written in self.flows:
-            layouts.setdefault(written, "sharded" if layouts[read] == "replicated" else "replicated")
-        return frozenset(value for value, layout in layouts.items() if value is not None and layout == "replicated")
-
-    def siblings_in_pairs(self) -> tuple[tuple[str, ...], ...]:
-        """The groups of siblings that share collectives in Megatron's pairs: those whose weights are cut alike."""
-        layouts = self.layouts(self.between_pairs())
-        rows = {name for name, both in layouts.items() if both == ("sharded", "replicated")}
-        groups = ([n for n in group if (n in rows) is row] for group in self.siblings for row in (True, False))
-        return tuple(tuple(group) for group in groups if len(group) > 1)
 
 
 class Traces:
@@ -331,11 +285,6 @@ def _reads_one(node: fx.Node) -> bool:
 def _asks_kind(node: fx.Node) -> bool:
     """Whether the node only asks a tensor for its dtype or device."""
     return node.target is getattr and node.args[1] in ("dtype", "device")
-
-
-def join(owner: str, name: str) -> str:
-    """The full name of what `owner` calls `name`."""
-    return ".".join(part for part in (owner, name) if part)
 
 
 def _is_below(owner: str, name: str) -> bool:

@@ -12,9 +12,10 @@ from torch import nn
 from lightning_phantom.base import DEFAULT_TIMEOUT, SplitStrategy
 from lightning_phantom.config import PhantomConfig
 from lightning_phantom.errors import PhantomError
-from lightning_phantom.ffn import Plan, plan_phantom
+from lightning_phantom.ffn import plan_phantom
 from lightning_phantom.layers import PhantomLinear
 from lightning_phantom.mesh import Sizes, resolve_sizes
+from lightning_phantom.plan import Plan
 from lightning_phantom.split import SplitLinear
 
 

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from lightning_phantom import fused
 from lightning_phantom.chain import Chain, ShardedDropout
 from lightning_phantom.comm import Ranks, broadcast
-from lightning_phantom.config import PhantomConfig, TensorParallelConfig
+from lightning_phantom.config import Config, PhantomConfig, TensorParallelConfig
 from lightning_phantom.convert import block_diagonal
 from lightning_phantom.errors import PhantomError, PlanError
-from lightning_phantom.ffn import Config, Plan, PlannedLayer, plan_phantom
+from lightning_phantom.ffn import plan_phantom
 from lightning_phantom.layers import PhantomLinear
 from lightning_phantom.linears import features, make_linear, oriented
 from lightning_phantom.parallel_linear import ParallelLinear
+from lightning_phantom.plan import Plan, PlannedLayer
 from lightning_phantom.split import SplitLinear
 
 
@@ -48,10 +49,10 @@ def phantomize_(module: nn.Module, config: PhantomConfig, process_group: dist.Pr
 
 def nothing_qualifies(module: nn.Module, plan: Plan) -> PlanError:
     """The error for a module that a plan would leave as it is."""
-    method = "tensor parallelism" if isinstance(plan.config, TensorParallelConfig) else "phantom parallelism"
     return PlanError(
-        f"nothing in {type(module).__name__} qualifies for {method}, so training would be dense. Train it "
-        f"with another strategy, or name layers with plan={{'glob': 'phantom'}}. Linear by linear:\n{plan}"
+        f"nothing in {type(module).__name__} qualifies as a {plan.config.layer_kind} layer, so training would be "
+        f"dense. Train it with another strategy, or name layers with plan={{'glob': 'phantom'}}. Linear by linear:\n"
+        f"{plan}"
     )
 
 
@@ -63,10 +64,10 @@ def carry_out(
 ) -> None:
     """Swap the layers of `plan`, starting from the weights of the first rank of `source_group`."""
     config, ranks = plan.config, Ranks(process_group)
-    blocks = config.num_ranks if isinstance(config, TensorParallelConfig) else config.num_blocks
-    if blocks % ranks.size:
+    if config.parts % ranks.size:
         raise PhantomError(
-            f"num_blocks={blocks} on {ranks.size} ranks: the number of ranks must divide the number of blocks."
+            f"{config.parts_name}={config.parts} on {ranks.size} ranks: the number of ranks must divide the number of "
+            f"blocks."
         )
     _check_weights(module, plan)
     swapped: dict[str, SplitLinear] = {}
@@ -89,17 +90,17 @@ def carry_out(
         for name, values in proven.dropouts:
             dropout, sharded = module.get_submodule(name), tuple(value not in whole for value in values)
             assert isinstance(dropout, nn.Dropout)
-            if any(sharded) and blocks > 1:
+            if any(sharded) and config.parts > 1:
                 dropouts.setdefault(dropout, []).append((chain, sharded))
     for dropout, uses in dropouts.items():
-        _replace(module, dropout, ShardedDropout(dropout, uses, blocks, ranks))
+        _replace(module, dropout, ShardedDropout(dropout, uses, config.parts, ranks))
     fused.switch_off(module, SplitLinear)
 
 
 def _check_weights(module: nn.Module, plan: Plan) -> None:
     """Raise PlanError for weights that no phantom layer can start from, before the first layer is swapped."""
     if isinstance(plan.config, TensorParallelConfig):
-        return
+        return  # which copies weights, whatever they are
     for layer in plan.swapped:
         weight = module.get_submodule(layer.name).weight
         assert isinstance(weight, Tensor)
@@ -158,14 +159,13 @@ def _fill(
     source_group: dist.ProcessGroup | None,
 ) -> None:
     """Initialise a layer from the dense one of the source group's first rank: unseeded ranks hold different weights."""
-    init = "from_dense" if isinstance(config, TensorParallelConfig) else config.init
     bias = None if bias is None else broadcast(bias.detach(), source_group)
-    if init == "random":
+    if config.init == "random":
         split.reset_parameters()
         split.load_dense(None, bias)
         return
     weight = broadcast(weight.detach(), source_group)
-    if init == "block_diagonal":
+    if config.init == "block_diagonal":
         assert isinstance(split, PhantomLinear)
         split.load_factors(block_diagonal(weight, split.blocks, split.ranks))
         split.load_dense(None, bias)

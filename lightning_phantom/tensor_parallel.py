@@ -12,9 +12,10 @@ from torch import nn
 from lightning_phantom.base import DEFAULT_TIMEOUT, SplitStrategy
 from lightning_phantom.config import TensorParallelConfig
 from lightning_phantom.errors import PhantomError
-from lightning_phantom.ffn import Plan, plan_tensor_parallel
+from lightning_phantom.ffn import plan_tensor_parallel
 from lightning_phantom.mesh import Sizes, share_out
 from lightning_phantom.parallel_linear import ParallelLinear
+from lightning_phantom.plan import Plan
 from lightning_phantom.split import SplitLinear
 
 

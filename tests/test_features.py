@@ -1291,7 +1291,7 @@ def test_the_demo_transformer(tmp_path, wikitext):
 
 
 def test_boring_model(tmp_path):
-    with pytest.raises(PlanError, match="nothing in BoringModel qualifies for phantom parallelism, so training would"):
+    with pytest.raises(PlanError, match="nothing in BoringModel qualifies as a phantom layer, so training would"):
         trainer(tmp_path, devices=1).fit(BoringModel())
 
 
