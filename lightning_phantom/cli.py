@@ -24,7 +24,7 @@ from lightning_phantom.errors import PhantomError
 # Commands beside Lightning's own: the module whose main(args) runs each, and what it does.
 COMMANDS = {
     "plan": ("lightning_phantom.plan_command", "what would be swapped, and its cost against tensor parallelism"),
-    "convert": ("lightning_phantom.convert_cli", "dense checkpoint <-> phantom checkpoint"),
+    "convert": ("lightning_phantom.convert_command", "dense checkpoint <-> phantom checkpoint"),
     "compare": ("lightning_phantom.compare", "phantom, tensor parallel and dense training, measured side by side"),
 }
 

@@ -8,14 +8,13 @@ own; dense ones on the first rank alone, while the others wait.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -29,7 +28,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from lightning_phantom import compare_options
 from lightning_phantom.compare_report import summarise
-from lightning_phantom.compare_show import show, write_json, write_plot
+from lightning_phantom.compare_show import show_result, write_json, write_plot
 from lightning_phantom.config import TensorParallelConfig
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.ffn import plan_tensor_parallel
@@ -37,6 +36,7 @@ from lightning_phantom.plan import Plan
 from lightning_phantom.recipe import Recipe
 from lightning_phantom.strategy import PhantomStrategy
 from lightning_phantom.tensor_parallel import TensorParallelStrategy
+from lightning_phantom.terminal import progress
 from lightning_phantom.trial import Length, Measured, run_trial
 
 LONGEST_RUN = timedelta(days=2)
@@ -105,7 +105,7 @@ class Comparison:
         request, first = self.request, self.ranks.rank == 0
         recipes = {method: request.recipe(method) for method in request.methods}
         methods, left_out = self._able(recipes)
-        with _progress(len(methods) * request.rounds) if first else nullcontext() as advance:
+        with progress(len(methods) * request.rounds) if first else nullcontext() as advance:
             for round_number in range(request.rounds):
                 for method in methods:
                     if advance is not None:
@@ -115,7 +115,7 @@ class Comparison:
                         result = summarise(request, self.environment(), self.runs, left_out)
                         write_json(result, request.json)  # after each run, so that a failure loses one
         if first:
-            show(result)
+            show_result(result)
             if request.plot:
                 write_plot(result, request.plot)
         self.ranks.gather("end", None)
@@ -247,19 +247,3 @@ def parallelise_with_torch(module: Any) -> None:
         parallelize_module(module, mesh, torch_plan(module, mesh.size())[1])
 
     module.configure_model = configure_model
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on the terminal; gives the function that says what comes next."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task, begun = bar.add_task("", total=total), itertools.count()
-
-        def advance(words: str) -> None:
-            bar.update(task, description=words, completed=next(begun))
-
-        yield advance

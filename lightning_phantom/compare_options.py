@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_phantom.errors import PhantomError
-from lightning_phantom.recipe import Recipe, output_file, phantom_width
+from lightning_phantom.recipe import Recipe
+from lightning_phantom.terminal import output_file, phantom_width
 
 METHODS = ("dense", "megatron", "layerwise", "torch", "phantom", "control")
 TP = ("megatron", "layerwise", "torch")
@@ -122,7 +123,7 @@ def parse(args: Sequence[str]) -> Request:
         raise PhantomError(f"--validate-every {given.validate_every}: needs at least 1.")
     given.overrides = tuple(_override(text, methods) for text in given.set)
     given.methods, given.arguments = methods, tuple(rest)
-    given.json, given.plot = output_file("json", given.json), output_file("plot", given.plot)
+    given.json, given.plot = output_file("--json", given.json), output_file("--plot", given.plot)
     if given.plot is not None:
         _check_plot(given.plot)
     del given.set

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning_phantom.compare_report import UNCOUNTED
+from lightning_phantom.terminal import show
 
 
-def show(result: Mapping[str, Any]) -> None:
+def show_result(result: Mapping[str, Any]) -> None:
     """Print a comparison: a column per method, then the warnings."""
-    from rich.console import Console
     from rich.table import Table
 
     where, request = result["environment"], result["request"]
@@ -30,13 +30,10 @@ def show(result: Mapping[str, Any]) -> None:
         cells = [figure(name) for name in result["methods"]]
         if any(cells):
             table.add_row(label, *(cell or "-" for cell in cells))
-    console = Console()
-    console = console if console.is_terminal else Console(width=150)
-    console.print(table)
-    for method, why in result["left_out"].items():
-        console.print(f"Left out: {method}: {why}", soft_wrap=True, markup=False)
-    for warning in result["warnings"]:
-        console.print(f"Warning: {warning}", soft_wrap=True, markup=False)
+    show(table)
+    left_out = [f"Left out: {method}: {why}" for method, why in result["left_out"].items()]
+    warnings = [f"Warning: {warning}" for warning in result["warnings"]]
+    show(*left_out, *warnings, soft_wrap=True, markup=False)
 
 
 def _rows(result: Mapping[str, Any]) -> list[tuple[str, Callable[[str], str | None]]]:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import yaml
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_phantom.calibration_run import CalibrationRun
@@ -22,7 +19,10 @@ from lightning_phantom.conversion_report import ConversionReport
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.ffn import plan_phantom
 from lightning_phantom.files import AtomicCheckpointIO
+from lightning_phantom.recipe import Recipe
+from lightning_phantom.strategy import PhantomStrategy
 from lightning_phantom.swap import nothing_qualifies
+from lightning_phantom.terminal import phantom_width, progress, show
 
 DESCRIPTION = """\
 Convert a checkpoint: dense to phantom, phantom to fewer blocks, phantom to dense.
@@ -35,6 +35,12 @@ Convert a checkpoint: dense to phantom, phantom to fewer blocks, phantom to dens
 Takes checkpoints of this package and of Lightning, and bare state dicts with the keys of the LightningModule. Writes
 one file, whole or not at all, with weights alone: a fit with ckpt_path= starts from it at epoch 0 with a new optimizer.
 """
+# How a module is run on its data by itself: none of its config's strategy, callbacks and loggers.
+ALONE: Mapping[str, Any] = {
+    **{"strategy": "auto", "devices": 1, "num_nodes": 1, "callbacks": None, "logger": False, "profiler": None},
+    **{"fast_dev_run": False, "limit_val_batches": 1.0, "limit_predict_batches": 1.0, "barebones": False},
+    **{"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False},
+}
 Converted = tuple[dict[str, Any], ConversionReport, str]  # the last: how to go on with it
 
 
@@ -44,17 +50,13 @@ def main(args: Sequence[str]) -> None:
     Args:
         args: the command line after `convert`.
     """
-    parser = _parser()
-    options = parser.parse_args(args)
-    try:
-        _check(options)
-        checkpoint, report, use = _convert(options)
-        AtomicCheckpointIO().save_checkpoint(checkpoint, options.output)
-        if options.report is not None:
-            options.report.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
-    except PhantomError as error:
-        raise SystemExit(f"lightning-phantom convert: {error}") from error
-    _print(report)
+    options = _parser().parse_args(args)
+    _check(options)
+    checkpoint, report, use = _convert(options)
+    AtomicCheckpointIO().save_checkpoint(checkpoint, options.output)
+    if options.report is not None:
+        options.report.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
+    show(report)
     print(f"{options.output} was written. {use}")
 
 
@@ -86,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     dense.add_argument("--num-blocks", type=int, metavar="P", help="the number of blocks")
     dense.add_argument(
-        "--phantom-width", type=_number, metavar="K", help="k, or a fraction of the block width (default: 0.25)"
+        "--phantom-width", type=phantom_width, metavar="K", help="k, or a fraction of the block width (default: 0.25)"
     )
     dense.add_argument(
         "--plan",
@@ -102,13 +104,6 @@ def _parser() -> argparse.ArgumentParser:
         "val_dataloader; batches go through validation_step",
     )
     return parser
-
-
-def _number(text: str) -> int | float:
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
 
 
 def _plan(text: str) -> Any:
@@ -141,91 +136,57 @@ def _convert(options: argparse.Namespace) -> Converted:
     checkpoint = read(options.input, options.trust)
     folder = options.output.absolute().parent
     if options.merge is not None:
-        with _progress(len(checkpoint.get("phantom", {}).get("layers", ()))) as advance:
+        with progress(len(checkpoint.get("phantom", {}).get("layers", ()))) as advance:
             merged, report = to_fewer_blocks(checkpoint, options.merge, folder, advance)
             # With fewer blocks more layers divide, and fewer shrink, so the plan that a strategy finds can be another.
             named = dict.fromkeys(merged["phantom"]["layers"], "phantom")
             return merged, report, _use(merged["phantom"]["num_blocks"], width_setting(merged), named)
     if options.to == "dense":
         return *to_plain(checkpoint), "Any strategy takes it, as ckpt_path=, and so does load_from_checkpoint."
-    run = _read_config(options.config)
-    config = _phantom_config(options, run.strategy)
-    plan = plan_phantom(run.module, config)
+    recipe = Recipe([f"--config={path}" for path in options.config], "lightning-phantom convert")
+    config = _phantom_config(options, recipe.strategy_arguments(PhantomStrategy))
+    module = recipe.make_module()
+    if is_overridden("configure_model", module):
+        module.configure_model()
+    plan = plan_phantom(module, config)
     if not plan.swapped:
-        raise nothing_qualifies(run.module, plan)
-    check_state(run.module, checkpoint["state_dict"], plan)
+        raise nothing_qualifies(module, plan)
+    check_state(module, checkpoint["state_dict"], plan)
     calibration = None
     if options.calibrate is not None:
-        run.module.load_state_dict(checkpoint["state_dict"], strict=run.module.strict_loading)
-        calibration = CalibrationRun(run.trainer, run.module, run.datamodule, options.calibrate)
-    with _progress(len(plan.swapped)) as advance:
-        converted = to_phantom({**_hyper_parameters(run), **checkpoint}, plan, folder, calibration, advance)
+        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+        calibration = CalibrationRun(recipe.make_trainer(**ALONE), module, _data(recipe), options.calibrate)
+    with progress(len(plan.swapped)) as advance:
+        converted = to_phantom({**_hyper_parameters(module), **checkpoint}, plan, folder, calibration, advance)
         return *converted, _use(config.num_blocks, config.phantom_width, config.plan)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What a config asks for; the trainer is one of a single device."""
-
-    module: L.LightningModule
-    datamodule: L.LightningDataModule
-    trainer: L.Trainer
-    strategy: Any
+def _data(recipe: Recipe) -> L.LightningDataModule:
+    data = recipe.make_data()
+    if data is None:
+        raise PhantomError("--calibrate: the config names no data; add a `data:` to it.")
+    return data
 
 
-class _Reader(LightningCLI):
-    """Makes what the config of a fit names, without its strategy, callbacks and loggers, and runs nothing."""
-
-    def before_instantiate_classes(self) -> None:
-        trainer = self.config["fit"]["trainer"]
-        self.strategy = trainer["strategy"]
-        alone: Mapping[str, Any] = {
-            **{"strategy": "auto", "devices": 1, "num_nodes": 1, "callbacks": None, "logger": False, "profiler": None},
-            **{"fast_dev_run": False, "limit_val_batches": 1.0, "limit_predict_batches": 1.0, "barebones": False},
-            **{"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False},
-        }
-        for key, value in alone.items():
-            trainer[key] = value
-
-    def after_instantiate_classes(self) -> None:
-        self.subcommand = None
-
-
-def _read_config(paths: Sequence[Path]) -> _Run:
-    cli = _Reader(
-        L.LightningModule,
-        L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=None,
-        parser_kwargs={"prog": "lightning-phantom convert"},
-        args=["fit", *(f"--config={path}" for path in paths)],
-    )
-    if is_overridden("configure_model", cli.model):
-        cli.model.configure_model()
-    return _Run(cli.model, cli.datamodule, cli.trainer, cli.strategy)
-
-
-def _phantom_config(options: argparse.Namespace, strategy: Any) -> PhantomConfig:
+def _phantom_config(options: argparse.Namespace, of_strategy: Mapping[str, Any]) -> PhantomConfig:
     """What the command line asks for, and for the rest the strategy of the config."""
-    theirs = {}
-    if str(getattr(strategy, "class_path", "")).endswith("PhantomStrategy"):
-        theirs = {key: strategy.init_args.get(key) for key in ("num_blocks", "phantom_width", "plan")}
-    ours = {key: getattr(options, key) for key in ("num_blocks", "phantom_width", "plan")}
-    chosen = {key: theirs.get(key) if value is None else value for key, value in ours.items()}
+    chosen = {}
+    for name in ("num_blocks", "phantom_width", "plan"):
+        given = getattr(options, name)
+        chosen[name] = of_strategy.get(name) if given is None else given
     if chosen["num_blocks"] is None:
         raise PhantomError("--num-blocks is needed: the config's strategy does not say how many blocks.")
-    return PhantomConfig(**{key: value for key, value in chosen.items() if value is not None})
+    return PhantomConfig(**{name: value for name, value in chosen.items() if value is not None})
 
 
-def _hyper_parameters(run: _Run) -> dict[str, Any]:
+def _hyper_parameters(module: L.LightningModule) -> dict[str, Any]:
     """What `load_from_checkpoint` needs, as Lightning saves it; for state dicts that come without."""
-    if not run.module.hparams:
+    if not module.hparams:
         return {}
-    name = getattr(run.module, "_hparams_name", None)
+    name = getattr(module, "_hparams_name", None)
     return {
         **({"hparams_name": name} if name else {}),
-        run.module.CHECKPOINT_HYPER_PARAMS_KEY: dict(run.module.hparams),
+        module.CHECKPOINT_HYPER_PARAMS_KEY: dict(module.hparams),
     }
 
 
@@ -236,25 +197,3 @@ def _use(num_blocks: int, phantom_width: int | float, plan: Mapping[str, str] | 
         f"Take it with PhantomStrategy(num_blocks={num_blocks}, phantom_width={phantom_width}{named}), as ckpt_path= "
         f"of fit or validate."
     )
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar over layers; what it yields is called with the name of each."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("converting", total=total)
-
-        def advance(name: str) -> None:
-            progress.update(task, description=name, advance=1)
-
-        yield advance
-
-
-def _print(report: ConversionReport) -> None:
-    from rich.console import Console
-
-    console = Console()
-    Console(width=None if console.is_terminal else 140).print(report)

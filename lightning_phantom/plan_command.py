@@ -14,11 +14,12 @@ from lightning_phantom.errors import PhantomError
 from lightning_phantom.ffn import plan_phantom
 from lightning_phantom.measure import measure_here
 from lightning_phantom.predict import METHODS, Machine
-from lightning_phantom.recipe import Recipe, output_file, phantom_width
+from lightning_phantom.recipe import Recipe
 from lightning_phantom.scale import Scale, Setting, best, stops_paying
 from lightning_phantom.simulate import Simulated, simulate
 from lightning_phantom.strategy import PhantomStrategy
 from lightning_phantom.swap import nothing_qualifies
+from lightning_phantom.terminal import output_file, phantom_width, show
 
 LABELS = {
     "dense": "dense, one rank",
@@ -45,7 +46,7 @@ def main(args: Sequence[str]) -> None:
     """Run the command with these arguments."""
     options, rest = _parser().parse_known_args(args)
     _check(options)
-    target = output_file("json", options.json)
+    target = output_file("--json", options.json)
     recipe = Recipe(rest if options.config is None else ["--config", options.config, *rest], "lightning-phantom plan")
     config, num_ranks = request(options, recipe)
     plan = plan_phantom(module := recipe.make_module(), config)
@@ -66,14 +67,14 @@ def main(args: Sequence[str]) -> None:
         "sweep_one_block_a_rank": [row.as_dict() for row in one_block],
     }
     print(plan)
-    _print(_cost_table(here, origin), _sweep_table(same_ranks, one_block, here))
+    show(_cost_table(here, origin), _sweep_table(same_ranks, one_block, here))
     print(_verdict(same_ranks, one_block, num_ranks))
     if options.simulate_ranks is not None:
         blocks = options.num_blocks or options.simulate_ranks
         wide = setting.scale(blocks, options.simulate_ranks)
         shares = [replace(layer, phantom_width=setting.width(layer, blocks)) for layer in layers]
         measured = simulate(shares, blocks, wide.num_ranks, options.tokens, options.dtype)
-        _print(_simulation_table(wide, measured))
+        show(_simulation_table(wide, measured))
         result["simulation"] = wide.as_dict() | {"measured": {m: asdict(one) for m, one in measured.items()}}
     if target is not None:
         target.write_text(json.dumps(result, indent=2) + "\n")
@@ -262,12 +263,3 @@ def _verdict(same_ranks: Sequence[Scale], one_block: Sequence[Scale], num_ranks:
         what = "work is" if (end.ratio("flops") or 0) >= 1 else "bytes are"
         lines.append(f"It stops paying at p={end.num_blocks}: there its {what} no less than TP's.")
     return "\n".join(lines)
-
-
-def _print(*renderables: Any) -> None:
-    from rich.console import Console
-
-    console = Console()
-    console = console if console.is_terminal else Console(width=140)
-    for renderable in renderables:
-        console.print(renderable)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -84,15 +83,3 @@ class Recipe(LightningCLI):
 
     def _make(self, part: str) -> Any:
         return self.parser.instantiate_classes(Namespace(**{part: self.config[part]}))[part]
-
-
-def phantom_width(text: str) -> int | float:
-    """A phantom width on a command line: 1 is an int, 1.0 a fraction."""
-    return int(text) if text.lstrip("+-").isdigit() else float(text)
-
-
-def output_file(option: str, text: str | None) -> Path | None:
-    """Where a command is to write, in a folder that exists: said before the work, not after it."""
-    if text is not None and not Path(text).absolute().parent.is_dir():
-        raise PhantomError(f"--{option} {text}: there is no such folder; make it first.")
-    return None if text is None else Path(text)

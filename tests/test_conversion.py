@@ -1,11 +1,13 @@
 """Checkpoints from dense to phantom and back: the calibration's least squares, exact merges, the command."""
 
 import ctypes
+import io
 import json
 import os
 import re
 import shlex
 import signal
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -191,9 +193,9 @@ def convert(*arguments):
 
 
 def refused(*arguments):
-    with pytest.raises(SystemExit) as stop:
+    with redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit):
         convert(*arguments)
-    return str(stop.value)
+    return said.getvalue()
 
 
 def validation_loss(path, strategy):

@@ -16,11 +16,12 @@ from lightning_phantom.cli import main
 ROOT = Path(__file__).parent.parent
 # Each module imports only from those before it.
 ORDER = (
-    "errors launch rng files config cost comm linears convert calibrate chain split fused layers parallel_linear "
-    "elementwise tracing plan proof declared ffn swap mesh gradients prepare replicas checkpoint sharded saving "
-    "running base strategy tensor_parallel conversion_report conversion calibration_run convert_cli energy_report "
-    "energy_show energy_meter energy_fit energy __init__ predict measure recipe scale trial simulate plan_command "
-    "compare_options compare_report compare_show compare cli __main__"
+    "errors launch rng files config cost comm linears convert calibrate chain split fused layers "
+    "parallel_linear elementwise tracing plan proof declared ffn swap mesh gradients prepare replicas "
+    "checkpoint sharded saving running base strategy tensor_parallel conversion_report conversion "
+    "energy_report energy_show energy_meter energy_fit energy __init__ terminal recipe calibration_run "
+    "convert_command predict measure scale trial simulate plan_command compare_options compare_report "
+    "compare_show compare cli __main__"
 ).split()
 
 
