@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_phantom.errors import PhantomError
 
@@ -35,6 +36,11 @@ class Recipe(LightningCLI):
                 args=list(args),
                 run=False,
             )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Let the config hold what `fit` saves beside it, which counts for nothing here."""
+        for name in ("ckpt_path", "weights_only"):
+            parser.add_argument(f"--{name}", type=Any, help=SUPPRESS)
 
     def _set_seed(self) -> None:
         """Seed nothing yet."""

@@ -1,6 +1,7 @@
 """The predicted step: its operations are the cost model's, and the plan command shows what it says."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from lightning_phantom.predict import (
     predict,
     step_time,
 )
+from lightning_phantom.recipe import Recipe
 from lightning_phantom.scale import Setting, best, stops_paying
 from lightning_phantom.simulate import FilledRanks, simulate
 
@@ -197,6 +199,18 @@ def test_plan_says_what_is_wrong(tmp_path, capsys, arguments, message):
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert "Error: " in error and message in error
+
+
+def test_a_config_that_fit_has_saved_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "examples/digits.yaml", "--print_config"])
+    saved = capsys.readouterr().out
+    assert "ckpt_path: null" in saved
+    (tmp_path / "config.yaml").write_text(saved)
+    assert (
+        type(Recipe(["--config", str(tmp_path / "config.yaml")], "test").make_module()).__name__ == "DigitsClassifier"
+    )
 
 
 @pytest.mark.parametrize(
