@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.recipe import Recipe
-from lightning_phantom.terminal import output_file, phantom_width
+from lightning_phantom.terminal import command_parser, output_file, phantom_width
 
 METHODS = ("dense", "megatron", "layerwise", "torch", "phantom", "control")
 TP = ("megatron", "layerwise", "torch")
@@ -150,13 +150,7 @@ def _check_plot(path: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lightning-phantom compare",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("compare", DESCRIPTION, EPILOG)
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="the config of the run, as for `fit`")
     add("--control", metavar="FILE", help="a further config, trained dense on one rank")

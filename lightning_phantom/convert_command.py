@@ -22,7 +22,7 @@ from lightning_phantom.files import AtomicCheckpointIO
 from lightning_phantom.recipe import Recipe
 from lightning_phantom.strategy import PhantomStrategy
 from lightning_phantom.swap import nothing_qualifies
-from lightning_phantom.terminal import phantom_width, progress, show
+from lightning_phantom.terminal import command_parser, phantom_width, progress, show
 
 DESCRIPTION = """\
 Convert a checkpoint: dense to phantom, phantom to fewer blocks, phantom to dense.
@@ -61,9 +61,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "lightning-phantom convert", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("convert", DESCRIPTION)
     parser.add_argument("input", type=Path, help="the checkpoint to read")
     parser.add_argument("output", type=Path, help="the checkpoint to write")
     target = parser.add_mutually_exclusive_group()

@@ -19,7 +19,7 @@ from lightning_phantom.scale import Scale, Setting, best, stops_paying
 from lightning_phantom.simulate import Simulated, simulate
 from lightning_phantom.strategy import PhantomStrategy
 from lightning_phantom.swap import nothing_qualifies
-from lightning_phantom.terminal import output_file, phantom_width, show
+from lightning_phantom.terminal import command_parser, output_file, phantom_width, show
 
 LABELS = {
     "dense": "dense, one rank",
@@ -81,13 +81,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lightning-phantom plan",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("plan", DESCRIPTION, EPILOG)
     add = parser.add_argument
     add("--config", metavar="FILE", help="the config of the run, as for `fit`")
     add("--num-blocks", type=int, metavar="P", help="number of blocks p (default: the config's, else the ranks')")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,17 @@ from typing import Any
 from lightning_phantom.errors import PhantomError
 
 WIDTH = 150  # of tables, where the output is no terminal
+
+
+def command_parser(command: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """A parser whose help keeps the lines of its texts, and which takes no abbreviations for options."""
+    return argparse.ArgumentParser(
+        prog=f"lightning-phantom {command}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def phantom_width(text: str) -> int | float:
