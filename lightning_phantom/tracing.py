@@ -7,6 +7,7 @@ and comes out is seen, what happens inside is not.
 from __future__ import annotations
 
 import ast
+import gc
 import inspect
 import itertools
 import random
@@ -178,7 +179,8 @@ class _Tracer(fx.Tracer):
         return value
 
     def trace(self, *args: Any) -> fx.Graph:
-        graph = super().trace(*args)
+        with _without_cycles():
+            graph = super().trace(*args)
         for node, value in self._values:
             node.meta["kept"] = value() is not None
         return graph
@@ -189,6 +191,19 @@ def _left_out(defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
     names = frozenset(defaults)
     choices = [frozenset(), names, *(frozenset({n}) for n in names), *(names - {n} for n in names)]
     return [{n: value for n, value in defaults.items() if n in choice} for choice in dict.fromkeys(choices)]
+
+
+@contextmanager
+def _without_cycles() -> Iterator[None]:
+    """Free what is left in cycles, as by fx where a forward unpacks a value: the frames of all its callers."""
+    enabled = gc.isenabled()
+    gc.disable()  # so that all that is made here stays young, and is all that is looked at
+    try:
+        yield
+    finally:
+        gc.collect(0)
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Which linears are swapped, which are not and why; what a plan refuses."""
 
+import gc
 import random
 
 import pytest
@@ -146,6 +147,25 @@ class Listens(Block):
         else:
             self.heard.append(h)
         return self.fc2(h)
+
+
+class Unpacks(Block):
+    """Where a forward unpacks a value, torch.fx leaves a cycle that holds its locals until the next collection."""
+
+    def forward(self, x):
+        x, rest = x.chunk(2, -1)
+        h = torch.relu(self.fc1(torch.cat([x, rest], -1)))
+        return self.fc2(h)
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_what_a_cycle_holds_does_not_outlive_the_forward(collecting):
+    (gc.enable if collecting else gc.disable)()
+    try:
+        assert decisions(Unpacks()) == {"fc1": "colwise", "fc2": "rowwise"}
+        assert gc.isenabled() is collecting
+    finally:
+        gc.enable()
 
 
 def test_an_intermediate_that_outlives_the_forward_is_not_sharded():
