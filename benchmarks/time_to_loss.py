@@ -1,11 +1,13 @@
-"""Steps and time to a validation loss, tensor parallel and phantom, each at its best learning rate, over seeds.
+r"""Steps and time to a validation loss, tensor parallel and phantom, each at its best learning rate, over seeds.
 
     python -m benchmarks.time_to_loss examples/digits.yaml --target-loss 0.12 --train-steps 330 --validate-every 11
-    python -m benchmarks.time_to_loss examples/lm.yaml --target-loss 2.6 --train-steps 300 --validate-every 20
+    python -m benchmarks.time_to_loss examples/lm.yaml --target-loss 2.6 --train-steps 300 --validate-every 20 \
+        --lrs 1e-3 2e-3 4e-3 --trainer.limit_val_batches=20
 
 Every fit is one of `lightning-phantom compare`, two ranks here, the methods in turn. With the first seed each method
 runs at every learning rate of the grid; the one that reaches the target in the fewest steps is its best. Then it runs
 at that one with every seed. Results are kept in `--folder`; what is there is not run again.
+Anything else overrides the config, as for `compare`.
 """
 
 import argparse
@@ -27,7 +29,7 @@ def compare(args: argparse.Namespace, name: str, *options: str) -> dict[str, Any
         command = [sys.executable, "-m", "lightning_phantom", "compare", "--config", args.config]
         command += ["--methods", ",".join(METHODS), "--ranks", "2", "--rounds", "1", "--json", str(file)]
         command += ["--target-loss", str(args.target_loss), "--train-steps", str(args.train_steps)]
-        command += ["--validate-every", str(args.validate_every), *options]
+        command += ["--validate-every", str(args.validate_every), *args.overrides, *options]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return json.loads(file.read_text())["methods"]
 
@@ -49,7 +51,7 @@ def main() -> None:
     parser.add_argument("--lrs", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3, 4e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, help="default: outputs/time_to_loss/NAME_OF_THE_CONFIG")
-    args = parser.parse_args()
+    args, args.overrides = parser.parse_known_args()
     args.folder = args.folder or Path("outputs/time_to_loss") / Path(args.config).stem
     args.folder.mkdir(parents=True, exist_ok=True)
 
