@@ -8,11 +8,11 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from ranks import run_ranks
 from torch.utils.data import DataLoader, RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
-from training import Net, data, trainer
+from training import EMAWeightAveraging, Net, data, needs_ema, trainer
 
 from lightning_phantom import PhantomStrategy
 from lightning_phantom.rng import rng_states, set_rng_states
@@ -220,6 +220,7 @@ def one(folder, kind="full", **kwargs):
     return trainer(folder, devices=1, strategy=PhantomStrategy(num_blocks=4, state_dict_type=kind), **kwargs)
 
 
+@needs_ema
 @pytest.mark.parametrize("kind", FORMATS)
 def test_an_average_is_saved_resumed_and_loads_into_the_plain_module(tmp_path, kind):
     def fit(epochs, path=None):

@@ -23,7 +23,6 @@ from lightning.pytorch.callbacks import (
     Callback,
     DeviceStatsMonitor,
     EarlyStopping,
-    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateMonitor,
     ModelCheckpoint,
@@ -49,7 +48,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
-from training import Net, data, loader, trainer
+from training import EMAWeightAveraging, Net, data, loader, needs_ema, trainer
 
 from lightning_phantom import PhantomLinear, PhantomStrategy, densify
 from lightning_phantom.errors import PhantomError, PlanError
@@ -844,6 +843,7 @@ def two_ema():
     return same, left, all(torch.equal(a[name], b[name]) for name in a), b
 
 
+@needs_ema
 def test_ema_weight_averaging(two):
     alone = two_ema()
     assert alone[:3] == (True, True, True)
@@ -873,11 +873,15 @@ class Late(Net):
 
 
 @pytest.mark.parametrize(
-    "callback", [EMAWeightAveraging(decay=0.5), StochasticWeightAveraging(0.01, swa_epoch_start=1)]
+    "callback",
+    [
+        pytest.param(lambda: EMAWeightAveraging(decay=0.5), marks=needs_ema),
+        lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1),
+    ],
 )
 def test_averages_of_late_layers_are_refused(callback):
     with pytest.raises(PhantomError, match=r"Averaging copied the model before the layers that configure_model makes"):
-        train(Late, callbacks=[callback])
+        train(Late, callbacks=[callback()])
 
 
 # The Trainer's switches

@@ -14,10 +14,10 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
 from ranks import run_ranks
 from torch import nn
-from training import Net, data, loader, quiet, trainer
+from training import EMAWeightAveraging, Net, data, loader, needs_ema, quiet, trainer
 
 from lightning_phantom import PhantomLinear, PhantomStrategy
 from lightning_phantom.errors import CheckpointError, LayoutError, PhantomError, PlanError
@@ -60,7 +60,7 @@ def _all_losses():
 
 def test_the_same_training_on_1_2_and_4_ranks():
     (alone,) = run_ranks(1, _all_losses)
-    assert alone["32-true", True][-1] < 0.9 * alone["32-true", True][0]
+    assert alone["32-true", True][-1] < 0.95 * alone["32-true", True][0]
     assert alone["32-true", True] != alone["32-true", False]
     for size in (2, 4):
         for result in run_ranks(size, _all_losses):
@@ -302,7 +302,11 @@ def test_dense_checkpoints_start_a_model_but_do_not_continue_a_fit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "callback", [lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1), lambda: EMAWeightAveraging(decay=0.9)]
+    "callback",
+    [
+        lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1),
+        pytest.param(lambda: EMAWeightAveraging(decay=0.9), marks=needs_ema),
+    ],
 )
 def test_callbacks_that_copy_the_model_in_their_setup_hook(tmp_path, callback):
     module = Net()

@@ -4,6 +4,7 @@ import os
 import warnings
 
 import lightning as L
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -12,6 +13,12 @@ from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_phantom
+
+try:
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+except ImportError:
+    EMAWeightAveraging = None
+needs_ema = pytest.mark.skipif(EMAWeightAveraging is None, reason="Lightning 2.5 has no EMAWeightAveraging")
 
 
 def quiet():
