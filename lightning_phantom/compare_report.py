@@ -104,7 +104,7 @@ def _warnings(request: Request, environment: Mapping[str, Any], methods: Mapping
     untuned = [m for m in methods if m != "control" and not request.tuned(m)]
     if "phantom" in methods and "phantom" in untuned and len(methods) > 1:
         warnings.append(
-            "The learning rate was not tuned per method: phantom layers often want about twice the dense one. Compare "
+            "The learning rate was not tuned per method, and phantom's best need not be the dense one's. Compare "
             "losses only after trying, e.g. --set phantom.model.lr=..."
         )
     if "phantom" in methods and "control" not in methods:
