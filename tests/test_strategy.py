@@ -60,7 +60,7 @@ def _all_losses():
 
 def test_the_same_training_on_1_2_and_4_ranks():
     (alone,) = run_ranks(1, _all_losses)
-    assert alone["32-true", True][-1] < 0.95 * alone["32-true", True][0]
+    assert alone["32-true", True][-1] < 0.9 * alone["32-true", True][0]
     assert alone["32-true", True] != alone["32-true", False]
     for size in (2, 4):
         for result in run_ranks(size, _all_losses):
