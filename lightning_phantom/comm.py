@@ -175,24 +175,25 @@ class Ranks:
         """Send `parts[s]` to rank s; give [R, *], what each rank sent here. Not counted: weights, not activations."""
         if self.size == 1:
             return parts
-        parts = parts.contiguous()
-        received = torch.empty_like(parts)
-        dist.all_to_all_single(received, parts, group=self.process_group)
-        return received
+        sent = within_reach(parts, self.process_group).contiguous()
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self.process_group)
+        return received.to(parts.device)
 
     def all_reduce(self, value: Tensor, op: str) -> Tensor:
         """Return the "sum" or "max" of `value` over the ranks. Not counted: scalars, not activations."""
         if self.size > 1:
-            value = value.clone()
+            reduced = within_reach(value, self.process_group).clone()
             reduce_op = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op]
-            dist.all_reduce(value, reduce_op, group=self.process_group)
+            dist.all_reduce(reduced, reduce_op, group=self.process_group)
+            return reduced.to(value.device)
         return value
 
     def gather_to_first(self, shard: Tensor) -> list[Tensor] | None:
         """Give the shards of all ranks to the group's first, None to the others. Not counted: weights."""
         if self.size == 1:
             return [shard]
-        shard = shard.contiguous()
+        shard = within_reach(shard, self.process_group).contiguous()
         parts = [torch.empty_like(shard) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(shard, parts, dist.get_global_rank(self.group, 0), group=self.process_group)
         return parts
@@ -204,13 +205,21 @@ class Ranks:
             traffic.add(kind, sent)
 
 
+def within_reach(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """`tensor`, or a copy of it where the group's backend can read it.
+
+    NCCL knows devices only, and weights are often on the host: when a model is swapped, before it is moved.
+    """
+    if group is None or tensor.device.type in (known := [device.type for device in group._device_types]):
+        return tensor
+    return tensor.to(torch.device(known[0], torch.accelerator.current_device_index()))
+
+
 def broadcast(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Return what the first rank of `group` holds; `tensor` itself where there is no group."""
     if group is None or dist.get_world_size(group) == 1:
         return tensor
-    # NCCL speaks to devices only, and models are often still on the host when they are swapped.
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else tensor.device
-    received = tensor.to(device, copy=True).contiguous()
+    received = within_reach(tensor, group).clone(memory_format=torch.contiguous_format)
     dist.broadcast(received, dist.get_global_rank(group, 0), group=group)
     return received.to(tensor.device)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from lightning_phantom.comm import Ranks, broadcast
+from lightning_phantom.comm import Ranks, broadcast, within_reach
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.split import sharded_parameters
 
@@ -110,8 +110,7 @@ class ReplicaCheck:
                 )
 
     def _gather(self, mine: Tensor) -> Tensor:
-        device = "cuda" if dist.get_backend(self._ranks.group) == "nccl" else "cpu"
-        return self._ranks.all_gather(mine.to(device).unsqueeze(0))().flatten(0, 1).cpu()
+        return self._ranks.all_gather(within_reach(mine.unsqueeze(0), self._ranks.group))().flatten(0, 1).cpu()
 
 
 def _exact(leaf: Any) -> str:

@@ -144,14 +144,15 @@ def _moved_out(value: Any, name: str, tensors: dict[str, Tensor], mesh: DeviceMe
 
 
 def _empty(entry: Mapping[str, Any], mesh: DeviceMesh) -> Tensor:
-    shape, device = entry["shape"], mesh.device_type
-    dim, ranks = entry["dim"], mesh.size(1)
-    if dim is None:
-        return torch.empty(shape, dtype=entry["dtype"], device=device)
+    shape, dim, ranks = entry["shape"], entry["dim"], mesh.size(1)
+    if (
+        dim is None
+    ):  # in host memory, where step counts belong; what belongs elsewhere is copied there when it is loaded
+        return torch.empty(shape, dtype=entry["dtype"], device="cpu")
     if shape[dim] % ranks:
         raise CheckpointError(f"{entry[_TENSOR]!r} of shape {shape} does not divide between {ranks} ranks.")
     share = [size // ranks if d == dim else size for d, size in enumerate(shape)]
-    local = torch.empty(share, dtype=entry["dtype"], device=device)
+    local = torch.empty(share, dtype=entry["dtype"], device=mesh.device_type)
     return DTensor.from_local(local, mesh, [Replicate(), Shard(dim)], run_check=False)
 
 

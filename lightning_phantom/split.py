@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from lightning_phantom.chain import Chain
-from lightning_phantom.comm import Ranks
+from lightning_phantom.comm import Ranks, within_reach
 from lightning_phantom.errors import LayoutError, PhantomError
 from lightning_phantom.linears import is_conv1d, oriented
 
@@ -37,8 +37,8 @@ class Split(NamedTuple):
 
     def gather(self, shard: Tensor) -> Tensor:
         """The whole tensor, on every rank; collective."""
-        parts: Tensor = self.ranks.all_gather(shard)()
-        return torch.cat(tuple(parts), self.dim)
+        parts: Tensor = self.ranks.all_gather(within_reach(shard, self.ranks.process_group))()
+        return torch.cat(tuple(parts), self.dim).to(shard.device)
 
     def gather_to_first(self, shard: Tensor) -> Tensor | None:
         """The whole tensor in host memory on the first rank, None on the others; collective."""
