@@ -22,8 +22,8 @@ class CalibrationRun:
     Args:
         trainer: of one device; how the module is run.
         module: the dense module, with its weights.
-        datamodule: its data: batches to fit to come from `train_dataloader`, held-out ones from `val_dataloader`, or
-            from the rest of the former if there is none.
+        data: what its data come from, the module itself if it brings its own: batches to fit to are those of
+            `train_dataloader`, held-out ones those of `val_dataloader`, or the rest of the former if there is none.
         num_batches: how many of each.
 
     Raises:
@@ -31,21 +31,28 @@ class CalibrationRun:
     """
 
     def __init__(
-        self, trainer: L.Trainer, module: L.LightningModule, datamodule: L.LightningDataModule, num_batches: int
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        data: L.LightningDataModule | L.LightningModule,
+        num_batches: int,
     ) -> None:
         self.trainer, self.module = trainer, module
-        datamodule.trainer = trainer
-        datamodule.prepare_data()
-        datamodule.setup("fit")
-        if not is_overridden("train_dataloader", datamodule):
-            raise PhantomError(f"{type(datamodule).__name__} has no train_dataloader to take calibration batches from.")
-        training = iter(_first_loader(datamodule.train_dataloader()))
+        if not is_overridden("train_dataloader", data):
+            raise PhantomError(
+                f"{type(data).__name__} has no train_dataloader to take calibration batches from: name data that has "
+                f"one, as `data:` of the config."
+            )
+        data.trainer = trainer
+        data.prepare_data()
+        data.setup("fit")
+        training = iter(_first_loader(data.train_dataloader()))
         self.fit = list(islice(training, num_batches))
-        others = datamodule.val_dataloader() if is_overridden("val_dataloader", datamodule) else training
+        others = data.val_dataloader() if is_overridden("val_dataloader", data) else training
         self.held_out = list(islice(_first_loader(others), num_batches))
         if not self.fit or not self.held_out:
             raise PhantomError(
-                f"{type(datamodule).__name__} gave {len(self.fit)} batches to calibrate with and {len(self.held_out)} "
+                f"{type(data).__name__} gave {len(self.fit)} batches to calibrate with and {len(self.held_out)} "
                 f"held-out ones; at least one of each is needed."
             )
 

@@ -93,16 +93,16 @@ class Comparison:
 
     Args:
         request: what is to be compared.
-        ranks: this process and the others.
+        job: this process and the others.
     """
 
-    def __init__(self, request: compare_options.Request, ranks: Job) -> None:
-        self.request, self.ranks = request, ranks
+    def __init__(self, request: compare_options.Request, job: Job) -> None:
+        self.request, self.job = request, job
         self.runs: list[dict[str, Any]] = []
 
     def run(self) -> None:
         """Train by every method, in turn, round after round; show, write and draw what came of it on the first rank."""
-        request, first = self.request, self.ranks.rank == 0
+        request, first = self.request, self.job.rank == 0
         recipes = {method: request.recipe(method) for method in request.methods}
         methods, left_out = self._able(recipes)
         with progress(len(methods) * request.rounds) if first else nullcontext() as advance:
@@ -118,13 +118,13 @@ class Comparison:
             show_result(result)
             if request.plot:
                 write_plot(result, request.plot)
-        self.ranks.gather("end", None)
+        self.job.gather("end", None)
 
     def environment(self) -> dict[str, Any]:
         """Where it runs."""
         return {
-            "ranks": self.ranks.size,
-            "hosts": self.ranks.size // self.ranks.per_host,
+            "ranks": self.job.size,
+            "hosts": self.job.size // self.job.per_host,
             "threads_per_rank": torch.get_num_threads(),
             "cores": os.cpu_count(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
@@ -136,7 +136,7 @@ class Comparison:
         methods, left_out = list(self.request.methods), {}
         if "torch" in methods:
             try:
-                torch_plan(recipes["torch"].make_module(), self.ranks.size)
+                torch_plan(recipes["torch"].make_module(), self.job.size)
             except PhantomError as error:
                 methods.remove("torch")
                 left_out["torch"] = str(error)
@@ -146,25 +146,25 @@ class Comparison:
         """One fit by one method; every rank learns what each has measured."""
         key, alone = f"{round_number}/{method}", method in compare_options.ONE_RANK
         measured: Measured | None = None
-        if not alone or self.ranks.rank == 0:
+        if not alone or self.job.rank == 0:
             self._meet(key, recipe, alone)
             try:
                 measured = run_trial(recipe, self._length(round_number), *self._settings(method, recipe))
             finally:
                 if dist.is_initialized():
                     dist.destroy_process_group()
-        seen = self.ranks.gather(key, None if measured is None else measured.as_dict())
+        seen = self.job.gather(key, None if measured is None else measured.as_dict())
         self.runs.append({"method": method, "round": round_number, "ranks": [one for one in seen if one is not None]})
 
     def _meet(self, key: str, recipe: Recipe, alone: bool) -> None:
         """A process group of this run's own, for all ranks or the first alone."""
         on_gpu = recipe.config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         if on_gpu:
-            torch.cuda.set_device(self.ranks.rank % self.ranks.per_host)
-        store = PrefixStore(f"group/{key}", self.ranks.store)
+            torch.cuda.set_device(self.job.rank % self.job.per_host)
+        store = PrefixStore(f"group/{key}", self.job.store)
         backend = "nccl" if on_gpu else "gloo"
-        size = 1 if alone else self.ranks.size
-        dist.init_process_group(backend, store=store, rank=self.ranks.rank, world_size=size)
+        size = 1 if alone else self.job.size
+        dist.init_process_group(backend, store=store, rank=self.job.rank, world_size=size)
 
     def _length(self, round_number: int) -> Length:
         """The first round also trains to the losses; the others only take times."""
@@ -178,17 +178,16 @@ class Comparison:
 
     def _settings(self, method: str, recipe: Recipe) -> tuple[dict[str, Any], Any]:
         """The Trainer's arguments for a method, and what to do with the module first."""
-        size = self.ranks.size
-        together = {"devices": self.ranks.per_host, "num_nodes": size // self.ranks.per_host}
+        size = self.job.size
+        together = {"devices": self.job.per_host, "num_nodes": size // self.job.per_host}
         if method in compare_options.ONE_RANK:
             return {"strategy": OneRank(), "devices": 1, "num_nodes": 1, "plugins": [Alone()]}, None
         if method == "torch":
             strategy: Any = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=size)
             return together | {"strategy": strategy}, parallelise_with_torch
         if method == "phantom":
-            arguments = {"num_blocks": self.request.num_blocks, "phantom_width": self.request.phantom_width}
-            given = recipe.strategy_arguments(PhantomStrategy)
-            given.update({name: value for name, value in arguments.items() if value is not None})
+            request = self.request
+            given = recipe.phantom_arguments(num_blocks=request.num_blocks, phantom_width=request.phantom_width)
             strategy = PhantomStrategy(**given | {"phantom_parallel_size": size, "data_parallel_size": 1})
         else:
             style: Any = method

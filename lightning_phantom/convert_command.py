@@ -20,9 +20,8 @@ from lightning_phantom.errors import PhantomError
 from lightning_phantom.ffn import plan_phantom
 from lightning_phantom.files import AtomicCheckpointIO
 from lightning_phantom.recipe import Recipe
-from lightning_phantom.strategy import PhantomStrategy
 from lightning_phantom.swap import nothing_qualifies
-from lightning_phantom.terminal import command_parser, phantom_width, progress, show
+from lightning_phantom.terminal import command_parser, output_file, phantom_width, progress, show
 
 DESCRIPTION = """\
 Convert a checkpoint: dense to phantom, phantom to fewer blocks, phantom to dense.
@@ -63,14 +62,14 @@ def main(args: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("convert", DESCRIPTION)
     parser.add_argument("input", type=Path, help="the checkpoint to read")
-    parser.add_argument("output", type=Path, help="the checkpoint to write")
+    parser.add_argument("output", help="the checkpoint to write")
     target = parser.add_mutually_exclusive_group()
     target.add_argument(
         "--to", choices=("phantom", "dense"), default="phantom", help="what to write (default: phantom)"
     )
     target.add_argument("--merge", type=int, metavar="Q", help="make one block of every Q; exactly the same function")
     parser.add_argument("--force", action="store_true", help="replace OUTPUT if it is there")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="also write the report as JSON")
+    parser.add_argument("--report", metavar="FILE", help="also write the report as JSON")
     parser.add_argument(
         "--trust", action="store_true", help="read an INPUT that holds pickled objects; they can run any code"
     )
@@ -110,10 +109,10 @@ def _plan(text: str) -> Any:
 
 def _check(options: argparse.Namespace) -> None:
     """Raise PhantomError for options that do not go together, before anything is read."""
-    for path in (options.output, options.report):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise PhantomError(f"{path}: there is no folder {path.absolute().parent}.")
-        if path is not None and path.exists() and (not options.force or path.is_dir()):
+    options.output = output_file("OUTPUT", options.output)
+    options.report = output_file("--report", options.report)
+    for path in filter(None, (options.output, options.report)):
+        if path.exists() and (not options.force or path.is_dir()):
             raise PhantomError(f"{path} is there already; --force replaces a file.")
     from_dense = {"--config": options.config, "--num-blocks": options.num_blocks, "--plan": options.plan}
     from_dense |= {"--phantom-width": options.phantom_width, "--calibrate": options.calibrate}
@@ -142,7 +141,7 @@ def _convert(options: argparse.Namespace) -> Converted:
     if options.to == "dense":
         return *to_plain(checkpoint), "Any strategy takes it, as ckpt_path=, and so does load_from_checkpoint."
     recipe = Recipe([f"--config={path}" for path in options.config], "lightning-phantom convert")
-    config = _phantom_config(options, recipe.strategy_arguments(PhantomStrategy))
+    config = _phantom_config(options, recipe)
     module = recipe.make_module()
     if is_overridden("configure_model", module):
         module.configure_model()
@@ -153,28 +152,20 @@ def _convert(options: argparse.Namespace) -> Converted:
     calibration = None
     if options.calibrate is not None:
         module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
-        calibration = CalibrationRun(recipe.make_trainer(**ALONE), module, _data(recipe), options.calibrate)
+        data = recipe.make_data() or module
+        calibration = CalibrationRun(recipe.make_trainer(**ALONE), module, data, options.calibrate)
     with progress(len(plan.swapped)) as advance:
         converted = to_phantom({**_hyper_parameters(module), **checkpoint}, plan, folder, calibration, advance)
         return *converted, _use(config.num_blocks, config.phantom_width, config.plan)
 
 
-def _data(recipe: Recipe) -> L.LightningDataModule:
-    data = recipe.make_data()
-    if data is None:
-        raise PhantomError("--calibrate: the config names no data; add a `data:` to it.")
-    return data
-
-
-def _phantom_config(options: argparse.Namespace, of_strategy: Mapping[str, Any]) -> PhantomConfig:
+def _phantom_config(options: argparse.Namespace, recipe: Recipe) -> PhantomConfig:
     """What the command line asks for, and for the rest the strategy of the config."""
-    chosen = {}
-    for name in ("num_blocks", "phantom_width", "plan"):
-        given = getattr(options, name)
-        chosen[name] = of_strategy.get(name) if given is None else given
-    if chosen["num_blocks"] is None:
+    names = ("num_blocks", "phantom_width", "plan")
+    given = recipe.phantom_arguments(**{name: getattr(options, name) for name in names})
+    if "num_blocks" not in given:
         raise PhantomError("--num-blocks is needed: the config's strategy does not say how many blocks.")
-    return PhantomConfig(**{name: value for name, value in chosen.items() if value is not None})
+    return PhantomConfig(**{name: given[name] for name in names if name in given})
 
 
 def _hyper_parameters(module: L.LightningModule) -> dict[str, Any]:

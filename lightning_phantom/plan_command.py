@@ -17,7 +17,6 @@ from lightning_phantom.predict import METHODS, Machine
 from lightning_phantom.recipe import Recipe
 from lightning_phantom.scale import Scale, Setting, best, stops_paying
 from lightning_phantom.simulate import Simulated, simulate
-from lightning_phantom.strategy import PhantomStrategy
 from lightning_phantom.swap import nothing_qualifies
 from lightning_phantom.terminal import command_parser, output_file, phantom_width, show
 
@@ -114,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name in ("flops", "bandwidth", "latency", "tokens", "ranks", "simulate_ranks"):
+    for name in ("flops", "bandwidth", "latency", "tokens", "ranks", "simulate_ranks", "num_blocks"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise PhantomError(f"--{name.replace('_', '-')} {value}: needs a number above 0.")
@@ -127,10 +126,8 @@ def _check(options: argparse.Namespace) -> None:
 
 def request(options: argparse.Namespace, recipe: Recipe) -> tuple[PhantomConfig, int]:
     """What to plan, and for how many ranks: from the options, else from the config's Trainer and strategy."""
-    of_strategy = recipe.strategy_arguments(PhantomStrategy)
-    given = {name: of_strategy.get(name) for name in ("num_blocks", "phantom_width", "plan", "init")}
-    given.update({name: value for name in ("num_blocks", "phantom_width") if (value := getattr(options, name))})
-    ranks, blocks = options.ranks, given.pop("num_blocks")
+    given = recipe.phantom_arguments(num_blocks=options.num_blocks, phantom_width=options.phantom_width)
+    ranks, blocks = options.ranks, given.get("num_blocks")
     if ranks is None:
         ranks = recipe.config_ranks()
     if ranks is None:
@@ -140,7 +137,8 @@ def request(options: argparse.Namespace, recipe: Recipe) -> tuple[PhantomConfig,
         raise PhantomError("one rank and no number of blocks: give --num-blocks or --ranks, say --num-blocks 4.")
     if blocks % ranks:
         raise PhantomError(f"--ranks {ranks} does not divide num_blocks={blocks}; give --num-blocks or other --ranks.")
-    return PhantomConfig(blocks, **{name: value for name, value in given.items() if value is not None}), ranks
+    settings = {name: given[name] for name in ("phantom_width", "plan", "init") if name in given}
+    return PhantomConfig(blocks, **settings), ranks
 
 
 def _machine(options: argparse.Namespace, num_ranks: int) -> tuple[Machine, dict[str, str]]:

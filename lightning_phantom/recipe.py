@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.strategy import PhantomStrategy
 
 
 class Recipe(LightningCLI):
@@ -66,13 +67,13 @@ class Recipe(LightningCLI):
         made = self.parser.instantiate_classes(Namespace(trainer=settings))["trainer"]
         return L.Trainer(**{**made, **changes})
 
-    def strategy_arguments(self, strategy_class: type) -> dict[str, Any]:
-        """What the config gives its strategy, if it is of this class."""
-        strategy = self.config.trainer.strategy
-        if not isinstance(strategy, Namespace) or strategy.class_path.rpartition(".")[2] != strategy_class.__name__:
-            return {}
-        given = {name: value for name, value in strategy.get("init_args", {}).items() if value is not None}
-        return given | strategy.get("dict_kwargs", {})
+    def phantom_arguments(self, **chosen: Any) -> dict[str, Any]:
+        """Arguments of PhantomStrategy: those `chosen`, and for what is None there the config's, if it names it."""
+        strategy, given = self.config.trainer.strategy, {}
+        if isinstance(strategy, Namespace) and strategy.class_path.rpartition(".")[2] == PhantomStrategy.__name__:
+            given = {**strategy.get("init_args", {}), **strategy.get("dict_kwargs", {})}
+        given |= {name: value for name, value in chosen.items() if value is not None}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def seed(self) -> int:

@@ -56,6 +56,20 @@ class SmallData(L.LightningDataModule):
         return DataLoader(torch.utils.data.Subset(self.rows, range(192, 256)), batch_size=32)
 
 
+class SelfFed(Small):
+    """Brings its data itself."""
+
+    def setup(self, stage):
+        self.data = SmallData()
+        self.data.setup(stage)
+
+    def train_dataloader(self):
+        return self.data.train_dataloader()
+
+    def val_dataloader(self):
+        return self.data.val_dataloader()
+
+
 CONFIG = """
 trainer:
   accelerator: cpu

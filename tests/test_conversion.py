@@ -276,6 +276,19 @@ def test_a_bare_state_dict_makes_a_checkpoint_and_the_full_width_loses_nothing(f
     assert Small.load_from_checkpoint("phantom.ckpt").hparams.width == 32
 
 
+def test_a_module_that_brings_its_own_data_is_calibrated_with_them(folder):
+    converted = {}
+    for name, config in (
+        ("data", CONFIG),
+        ("own", CONFIG.split("data:")[0].replace("converting.Small", "converting.SelfFed")),
+    ):
+        Path(f"{name}.yaml").write_text(config)
+        torch.manual_seed(0)  # the batches are shuffled
+        convert("dense.ckpt", f"{name}.ckpt", "--config", f"{name}.yaml", "--calibrate", 2)
+        converted[name] = torch.load(f"{name}.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(tensor, converted["own"][key]) for key, tensor in converted["data"].items())
+
+
 def test_calibration_in_several_passes_is_the_same(folder, monkeypatch):
     convert("dense.ckpt", "one.ckpt", "--config", "run.yaml", "--calibrate", 2)
     monkeypatch.setattr(conversion, "STATISTICS_BYTES", 1)
@@ -299,6 +312,7 @@ def test_bad_requests_are_refused_before_anything_is_written(folder):
     torch.save({k: v for k, v in other["state_dict"].items() if k != "net.2.weight"}, "short.ckpt")
     torch.save({**other, "mine": Small}, "pickled.ckpt")
     (folder / "dense.yaml").write_text(CONFIG.split("  strategy")[0] + CONFIG[CONFIG.index("model:") :])
+    (folder / "nodata.yaml").write_text(CONFIG.split("data:")[0])
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     for arguments, message in (
         (("none.ckpt", "x.ckpt", "--config", "run.yaml"), "there is no such file"),
@@ -316,8 +330,9 @@ def test_bad_requests_are_refused_before_anything_is_written(folder):
         (("dense.ckpt", "x.ckpt", "--config", "run.yaml", "--num-blocks", 7), "nothing in Small qualifies"),
         (("dense.ckpt", "x.ckpt", "--config", "run.yaml", "--plan", "{n.*: phantom}"), "matches no module"),
         (("dense.ckpt", "x.ckpt", "--config", "run.yaml", "--calibrate", 0), "at least one batch"),
+        (("dense.ckpt", "x.ckpt", "--config", "nodata.yaml", "--calibrate", 2), "Small has no train_dataloader"),
         (("dense.ckpt", "there.ckpt", "--config", "run.yaml"), "--force"),
-        (("dense.ckpt", "no/x.ckpt", "--config", "run.yaml"), "there is no folder"),
+        (("dense.ckpt", "no/x.ckpt", "--config", "run.yaml"), "OUTPUT no/x.ckpt: there is no such folder"),
         (("phantom.ckpt", "x.ckpt", "--config", "run.yaml"), "phantom layers of 4 blocks already"),
         (("phantom.ckpt", "x.ckpt", "--merge", 3), "Possible: 2"),
         (("phantom.ckpt", "x.ckpt", "--merge", 4), "use --to dense"),

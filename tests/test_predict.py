@@ -188,6 +188,8 @@ def test_plan_measures_this_machine_where_nothing_is_given(tmp_path, capsys, mon
         (("--num-blocks", "7"), "nothing in FeedForward qualifies"),
         (("--num-blocks", "4", "--simulate-ranks", "3"), "--simulate-ranks 3 does not divide --num-blocks 4"),
         (("--phantom-width", "1.5", "--num-blocks", "4"), "phantom_width=1.5"),
+        (("--phantom-width", "0", "--num-blocks", "4"), "phantom_width=0"),
+        (("--num-blocks", "0"), "--num-blocks 0: needs a number above 0"),
     ],
 )
 def test_plan_says_what_is_wrong(tmp_path, capsys, arguments, message):
