@@ -1,5 +1,6 @@
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,10 +11,34 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
-# Child processes import helpers and test modules by name.
-here = str(Path(__file__).parent)
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-sys.path.insert(0, here)
+# Child processes import test modules, examples and benchmarks by name; for the first folder see its sitecustomize.py.
+here = Path(__file__).parent
+folders = [f"{here}/lean", f"{here}", f"{here.parent}", os.environ.get("PYTHONPATH")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
+sys.path.insert(0, str(here))
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that wait for work in the background come last."""
+    items.sort(key=lambda item: item.get_closest_marker("background") is not None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _background(request, tmp_path_factory):
+    """Start what tests marked `background(function, *args)` wait for, two at a time, while other tests run."""
+    wanted = [mark.args for item in request.session.items for mark in item.iter_markers("background")]
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            (function, *args): pool.submit(function, tmp_path_factory.mktemp(function.__name__), *args)
+            for function, *args in dict.fromkeys(wanted)
+        }
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def outcome(request, _background):
+    """What the function of a test's `background` mark, called with a folder and the mark's arguments, has returned."""
+    return _background[request.node.get_closest_marker("background").args].result()
 
 
 @contextmanager

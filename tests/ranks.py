@@ -57,6 +57,7 @@ def _child(rank, n, store, queue, environment, function, args):
     os.environ.update(environment)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
+    mp.set_start_method("fork", force=True)  # for workers of dataloaders, as in any other process
     try:
         dist.init_process_group("gloo", store, rank=rank, world_size=n, timeout=timedelta(seconds=120))
         buffer = io.BytesIO()

@@ -1,12 +1,11 @@
 """The compare command: runs on real ranks, what it makes of them, and what it refuses."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from background import program
 from torch import nn
 
 from lightning_phantom.cli import main
@@ -40,15 +39,20 @@ def config(tmp_path):
     return str(tmp_path / "run.yaml")
 
 
-def test_compare_on_two_ranks(config, tmp_path):
+def two_ranks(folder):
+    (folder / "run.yaml").write_text(CONFIG)
+    command = ["-m", "lightning_phantom", "compare", "--config", folder / "run.yaml", "--ranks", 2]
+    options = ["--rounds", 2, "--steps", 3, "--warmup", 2, "--train-steps", 6, "--validate-every", 2]
+    outputs = ["--json", folder / "c.json", "--plot", folder / "c.png"]
+    own = ["--set", "phantom.model.lr=0.2", "--model.lr=0.05", "--tokens-per-sample", 7]
+    out = program(*command, *options, *outputs, *own)
+    return out, json.loads((folder / "c.json").read_text()), (folder / "c.png").read_bytes()
+
+
+@pytest.mark.background.with_args(two_ranks)
+def test_compare_on_two_ranks(outcome):
     """Every method in the same two processes: the exact ones agree, and traffic is what the cost model counts."""
-    command = [sys.executable, "-m", "lightning_phantom", "compare", "--config", config, "--ranks", "2"]
-    options = ["--rounds", "2", "--steps", "3", "--warmup", "2", "--train-steps", "6", "--validate-every", "2"]
-    outputs = ["--json", str(tmp_path / "c.json"), "--plot", str(tmp_path / "c.png")]
-    own = ["--set", "phantom.model.lr=0.2", "--model.lr=0.05", "--tokens-per-sample", "7"]
-    run = subprocess.run([*command, *options, *outputs, *own], capture_output=True, text=True, timeout=240, cwd=ROOT)
-    assert run.returncode == 0, run.stdout + run.stderr
-    result = json.loads((tmp_path / "c.json").read_text())
+    out, result, picture = outcome
     methods = result["methods"]
     assert list(methods) == ["dense", "megatron", "layerwise", "torch", "phantom"]
     assert [(r["method"], r["round"]) for r in result["runs"]] == [(m, n) for n in (0, 1) for m in methods]  # in turn
@@ -57,7 +61,7 @@ def test_compare_on_two_ranks(config, tmp_path):
         assert len(figures["step_s"]["rounds"]) == 2
         assert figures["tokens_per_s"] == pytest.approx(7 * figures["samples_per_s"])
         assert figures["samples_per_s"] * figures["step_s"]["median"] == pytest.approx(16)
-        assert f"{figures['val_loss']:.4f}" in run.stdout, method
+        assert f"{figures['val_loss']:.4f}" in out, method
     for method in ("megatron", "layerwise", "torch"):
         for mine, dense in zip(methods[method]["losses"], methods["dense"]["losses"], strict=True):
             assert mine[2] == pytest.approx(dense[2], rel=2e-6)  # another order of batches: 1.5e-5
@@ -77,7 +81,7 @@ def test_compare_on_two_ranks(config, tmp_path):
     assert result["ratios"][result["fastest_tp"]]["step"]["median"] == 1
     assert result["environment"]["ranks"] == 2
     assert not any("learning rate" in warning for warning in result["warnings"])  # phantom was given its own
-    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert picture.startswith(b"\x89PNG")
 
 
 def alone(monkeypatch):

@@ -1,18 +1,22 @@
 """Every code block, YAML and link of README and docs holds."""
 
 import json
-import os
 import re
-import subprocess
+import shlex
 import sys
 from pathlib import Path
 
 import lightning as L
 import pytest
 import yaml
+from background import program
 from lightning.pytorch.cli import LightningCLI
+from torch.distributed.run import get_args_parser
 
 import lightning_phantom
+from lightning_phantom import compare_options, plan_command
+from lightning_phantom.cli import main
+from lightning_phantom.predict import Machine
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -59,10 +63,8 @@ json.dump(failed, open("failed.json", "w"))
 """
 
 
-@pytest.fixture(scope="module")
-def run_blocks(tmp_path_factory):
+def run_blocks(folder):
     """Run the Python blocks beside the reader's own project: one process for all that need no second rank."""
-    folder = tmp_path_factory.mktemp("blocks")
     (folder / "my_project.py").write_text(PROJECT)
     scripts = {}
     for page in PAGES:
@@ -70,27 +72,22 @@ def run_blocks(tmp_path_factory):
             script = folder / f"{page.stem}_{number}.py"
             script.write_text("from my_project import MyData, MyModule\n" + block.replace("devices=4", "devices=2"))
             scripts[script] = page
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "OMP_NUM_THREADS": "1"}
-
-    def run(*arguments):
-        command = [sys.executable, *map(str, arguments)]
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
-
     several = [script for script in scripts if "devices=2" in script.read_text()]
     (folder / "all.py").write_text(ALL)
-    everything = run("all.py", *(script for script in scripts if script not in several))
-    assert everything.returncode == 0, everything.stderr
+    program("all.py", *(script for script in scripts if script not in several), cwd=folder)
     failed = {Path(script): text for script, text in json.loads((folder / "failed.json").read_text()).items()}
     for script in several:
-        seen = run(script)
-        if seen.returncode:
-            failed[script] = seen.stdout + seen.stderr
+        try:
+            program(script, cwd=folder)
+        except AssertionError as error:
+            failed[script] = str(error)
     return {page: [text for script, text in failed.items() if scripts[script] == page] for page in PAGES}
 
 
+@pytest.mark.background.with_args(run_blocks)
 @pytest.mark.parametrize("page", with_blocks("python"))
-def test_python_blocks_run(page, run_blocks):
-    assert not run_blocks[page], "\n".join(run_blocks[page])
+def test_python_blocks_run(page, outcome):
+    assert not outcome[page], "\n".join(outcome[page])
 
 
 @pytest.mark.parametrize("page", with_blocks("yaml"))
@@ -109,6 +106,57 @@ def test_yaml_blocks_are_accepted(page, tmp_path, monkeypatch):
         )
         assert isinstance(cli.trainer.strategy, lightning_phantom.PhantomStrategy)
         assert isinstance(cli.model, L.LightningModule)
+
+
+def commands(page):
+    """The commands of a page's shell blocks, as words."""
+    lines = (line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines())
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.mark.parametrize("page", with_blocks("bash"))
+def test_commands_are_accepted(page, tmp_path, monkeypatch, capsys):
+    """Plans are made. What trains is parsed: the demo and pretrained.md's commands run in tests of their own."""
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr(plan_command, "measure_here", lambda ranks, dtype: Machine(4e10, 1e10, 1e-5, 1e9, 1e-4))
+    config = (ROOT / "benchmarks" / "ffn.yaml").read_text().replace("phantom_width: 64", "phantom_width: 0.25")
+    for name in ("run", "small", "merged"):
+        (tmp_path / f"{name}.yaml").write_text(config)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    for words in commands(page):
+        if words[0] == "torchrun":
+            arguments = get_args_parser().parse_args(words[1:])
+            assert arguments.module
+            words = [arguments.training_script.replace("_", "-"), *arguments.training_script_args]
+        match words:
+            case ["lightning-phantom", "plan", *_]:
+                main(words[1:])
+                assert "It stops paying" in capsys.readouterr().out
+            case ["lightning-phantom", "compare", *rest]:
+                request = compare_options.parse(rest)
+                assert all(request.recipe(method).config.model for method in request.methods)
+            case ["lightning-phantom", "fit" | "validate", *_]:
+                with pytest.raises(SystemExit) as stop:
+                    main([*words[1:], "--print_config"])
+                assert stop.value.code == 0
+            case ["lightning-phantom", "convert", *_]:
+                assert page.name == "pretrained.md"
+            case ["make", target]:
+                assert f"\n{target}:" in (ROOT / "Makefile").read_text()
+            case _:
+                assert words in (
+                    ["git", "clone", "<your", "fork>", "&&", "cd", "lightning_phantom"],
+                    ["pip", "install", "."],
+                    [".venv/bin/pre-commit", "install"],
+                ), words
+
+
+def test_every_file_that_is_named_exists():
+    """Benchmarks, examples and tests, as paths or as modules."""
+    for page in PAGES:
+        for folder, name in re.findall(r"\b(benchmarks|examples|tests)[./](\w+)", page.read_text()):
+            assert list((ROOT / folder).glob(f"{name}.*")), f"{page.name}: {folder}/{name}"
 
 
 def test_every_yaml_is_valid():

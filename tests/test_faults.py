@@ -7,16 +7,11 @@ import random
 import re
 import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
+from background import RUNS, bad_end
 from training import Net, loader, trainer
 
 from lightning_phantom import PhantomStrategy, files
@@ -24,8 +19,6 @@ from lightning_phantom.errors import CheckpointError
 from lightning_phantom.files import AtomicCheckpointIO, checksum, discard, make_place, place_for, publish, verify
 
 FORMATS = ("full", "sharded")
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = dict(os.environ)  # as it is before the Trainers of this process add to it
 
 
 # Files: whatever step a kill or an error interrupts, what is at the path is old or new, and whole
@@ -289,152 +282,38 @@ def test_a_full_disk_during_a_save(tmp_path, kind):
     alone(tmp_path, kind, max_epochs=2).fit(Net(), loader(), ckpt_path=tmp_path / "a.ckpt")
 
 
-# Runs of two ranks, as a user starts them; all in the background, a few at a time, since most of a run is waiting.
-
-SCRIPT = """
-import logging, os, resource, signal, sys, threading, time
-from datetime import timedelta
-
-from lightning.pytorch.callbacks import ModelCheckpoint
-from training import Net, loader, trainer
-
-from lightning_phantom import PhantomStrategy
-
-folder, kind, fault, victim, timeout = sys.argv[1:]
+# Runs of two ranks, in the background
 
 
-class Faulty(Net):
-    def training_step(self, batch, batch_idx):
-        if self.global_step == 6 and str(self.global_rank) in victim:
-            if fault == "raise":
-                raise KeyError("a cursed sample")
-            if fault == "full disk":
-                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-            elif victim == "0 group":
-                os.killpg(0, getattr(signal, fault))
-            else:
-                os.kill(os.getpid(), getattr(signal, fault))
-        return super().training_step(batch, batch_idx)
+def in_background(names):
+    return [pytest.param(name, marks=pytest.mark.background(bad_end, name)) for name in names]
 
 
-def kill_at_start():
-    while not t.strategy.launcher.procs:
-        time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    strategy = PhantomStrategy(num_blocks=4, state_dict_type=kind, timeout=timedelta(seconds=int(timeout)))
-    saver = ModelCheckpoint(
-        folder, "{step}", monitor="step", mode="max", save_top_k=2, every_n_train_steps=2, save_last=True
-    )
-    t = trainer(folder, devices=2, strategy=strategy, callbacks=[saver], enable_checkpointing=True, max_epochs=10**6)
-    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
-    if fault == "start":
-        threading.Thread(target=kill_at_start, daemon=True).start()
-    try:
-        t.fit(Faulty(), loader())
-    except Exception as error:
-        os.write(2, f"caught on rank {t.global_rank}: {error}\\n".encode())
-        raise
-"""
-
-# fault, victim, format, what is said
-RUNS = {
-    "rank 1 freezes": ("SIGSTOP", "1", "full", r"Rank 1 \(process \d+\) is stopped"),
-    "rank 0 freezes": ("SIGSTOP", "0", "sharded", r"Rank 0 \(process \d+\) is stopped"),
-    "rank 0 is killed": ("SIGKILL", "0", "full", r"Rank 0 \(process \d+\) has ended"),
-    "rank 1 is killed": ("SIGKILL", "1", "sharded", r"Rank 1 \(process \d+\) has ended with signal 9|with code -9"),
-    "rank 0 is killed at the start": ("start", "0", "full", r"process \d+, which started it as a rank, has ended"),
-    "rank 0 raises": ("raise", "0", "sharded", "KeyError: 'a cursed sample'"),
-    "rank 1 raises": ("raise", "1", "full", "KeyError: 'a cursed sample'"),
-    "Ctrl-C": ("SIGINT", "0 group", "sharded", "Detected KeyboardInterrupt"),
-    "SIGTERM to all": ("SIGTERM", "0 group", "full", r"Rank 0 \(process \d+\) ends: it was sent SIGTERM"),
-    "SIGTERM to rank 0": ("SIGTERM", "0", "sharded", r"Rank 0 \(process \d+\) ends: it was sent SIGTERM"),
-    "SIGTERM to rank 1": ("SIGTERM", "1", "full", r"Rank 1 \(process \d+\) ends: it was sent SIGTERM"),
-    "full disk, full": ("full disk", "0", "full", None),
-    "full disk, sharded": ("full disk", "0", "sharded", None),
-    "kill_resume full": None,
-    "kill_resume sharded": None,
-}
-
-
-def processes(mark):
-    """The processes of a run, which all inherit its mark (zombies have lost it)."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if mark.encode() in (process / "environ").read_bytes():
-                found.append(int(process.name))
-    return found
-
-
-def run(name, folder):
-    """Start a run and wait for its end; return its exit code, its output and the processes it has left."""
-    mark = uuid.uuid4().hex
-    folder.mkdir()
-    if RUNS[name] is None:
-        script = [ROOT / "benchmarks" / "kill_resume.py", "--count=2", "--seed=1", f"--format={name.split()[1]}"]
-    else:
-        fault, victim, kind, _ = RUNS[name]
-        (folder / "run.py").write_text(SCRIPT)
-        script = [folder / "run.py", folder, kind, fault, victim, "40" if fault == "SIGSTOP" else "120"]
-    started = subprocess.Popen(
-        [sys.executable, *map(str, script)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**ENVIRONMENT, "FAULTS_MARK": mark},
-        start_new_session=True,
-    )
-    try:
-        # The output ends with the last process that holds it.
-        output, _ = started.communicate(timeout=300)
-        deadline = time.monotonic() + 30
-        while processes(mark) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        return started.returncode, output, processes(mark)
-    finally:
-        for process in processes(mark):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        started.wait()
-
-
-@pytest.fixture(scope="module")
-def results(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    chosen = {i.callspec.params["name"] for i in request.session.items if "name" in getattr(i, "fixturenames", ())}
-    with ThreadPoolExecutor(3) as pool:
-        yield folder, {name: pool.submit(run, name, folder / name) for name in RUNS if name in chosen}
-
-
-@pytest.mark.parametrize("name", [name for name in RUNS if RUNS[name] is not None])
-def test_a_run_ends_and_can_be_resumed(results, name):
-    folder, futures = results
-    code, output, left = futures[name].result()
+@pytest.mark.parametrize("name", in_background(name for name in RUNS if RUNS[name] is not None))
+def test_a_run_ends_and_can_be_resumed(outcome, name):
+    folder, code, output, left = outcome
     fault, _, kind, said = RUNS[name]
     assert code != 0 and not left, output
     if fault == "full disk":
         said = r"CheckpointError: \S.* was not saved: rank 0: "
         for rank in (0, 1):
             assert re.search(rf"caught on rank {rank}: .*step=8.ckpt was not saved: rank 0: ", output), output
-        assert not list((folder / name).glob(".*"))
+        assert not list(folder.glob(".*"))
     assert re.search(said, output), output
     if fault == "start":
         return
-    newest = max((folder / name).glob("step=*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
+    newest = max(folder.glob("step=*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
     step = int(newest.stem.removeprefix("step="))
     assert step == 6
-    for path in (newest, folder / name / "last.ckpt"):
+    for path in (newest, folder / "last.ckpt"):
         t = alone(folder, kind, max_epochs=10**6, max_steps=step + 2)
         module = Net()
         t.fit(module, loader(), ckpt_path=path)
         assert t.global_step == step + 2 and len(module.losses) == 2
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if RUNS[name] is None])
-def test_kills_at_random_moments(results, name):
-    code, output, left = results[1][name].result()
+@pytest.mark.parametrize("name", in_background(name for name in RUNS if RUNS[name] is None))
+def test_kills_at_random_moments(outcome, name):
+    _, code, output, left = outcome
     assert code == 0 and not left, output
     assert "resumes that succeeded       2 of 2" in output

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from background import program
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import StrategyRegistry
@@ -90,24 +91,20 @@ def test_cli_help_and_version(capsys):
         assert expected in capsys.readouterr().out
 
 
-def run_digits(tmp_path, *arguments):
-    command = [sys.executable, "-m", "lightning_phantom", "fit", "--config", "examples/digits.yaml"]
-    arguments = [f"--trainer.logger.init_args.save_dir={tmp_path}", *arguments]
-    run = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, cwd=ROOT)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout
+def digits(folder):
+    command = ("-m", "lightning_phantom", "fit", "--config", "examples/digits.yaml")
+    return program(*command, f"--trainer.logger.init_args.save_dir={folder}")
 
 
-def test_the_digits_example_reaches_95_percent(tmp_path):
-    out = run_digits(tmp_path)
-    assert "Phantom plan: 4 of 4 linears, num_blocks=2" in out
-    rows = {
-        cells[0]: cells[1] for line in out.splitlines() if len(cells := [c.strip() for c in line.split("│")[1:]]) > 2
-    }
+@pytest.mark.background.with_args(digits)
+def test_the_digits_example_reaches_95_percent(outcome):
+    assert "Phantom plan: 4 of 4 linears, num_blocks=2" in outcome
+    lines = ([cell.strip() for cell in line.split("│")[1:]] for line in outcome.splitlines())
+    rows = {cells[0]: cells[1] for cells in lines if len(cells) > 2}
     assert float(rows["validation accuracy"]) >= 0.95
     assert rows["weights per rank"] == "811,786"
     for label in ("validation loss", "bytes sent per rank and step", "collectives per step", "CPU energy"):
-        assert label in rows, out
+        assert label in rows, outcome
 
 
 def test_yaml_and_command_line_reach_the_strategy(tmp_path):
