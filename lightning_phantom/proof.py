@@ -19,7 +19,7 @@ from torch import fx, nn
 from lightning_phantom.chain import runs_own_forward
 from lightning_phantom.elementwise import ELEMENTWISE_FUNCTIONS, ELEMENTWISE_METHODS, is_elementwise_module
 from lightning_phantom.fused import BLOCKS
-from lightning_phantom.linears import features, is_linear
+from lightning_phantom.linears import is_linear
 from lightning_phantom.plan import ProvenChain, join
 from lightning_phantom.tracing import has_forward_hooks, trace_forward
 
@@ -136,7 +136,9 @@ class _Proof:
         calls = Counter(self._name(n) for n in self._nodes if n.op == "call_module")
         found = {n: self._name(n) for n in self._nodes if n.op == "call_module" and self._name(n) in available}
         self._linears = {
-            n: name for n, name in found.items() if calls[name] == 1 and _reads_one(n) and self._keeps_mode(n)
+            n: name
+            for n, name in found.items()
+            if calls[name] == 1 and len(n.all_input_nodes) == 1 and self._keeps_mode(n)
         }
         self.why = {name: "it is called more than once" for name in available if calls[name] > 1}
         for node, name in found.items():
@@ -162,15 +164,11 @@ class _Proof:
         return bool(node.meta["grad"] == self._nodes[-1].meta["grad"])
 
     def _is_elementwise(self, node: fx.Node) -> bool:
-        if not self._keeps_mode(node):
+        if not self._keeps_mode(node) or not node.all_input_nodes:
             return False
-        constants = [a for a in (*node.args, *node.kwargs.values()) if not isinstance(a, fx.Node)]
-        if not node.all_input_nodes or not all(c is None or isinstance(c, (bool, int, float, str)) for c in constants):
-            return False
-        if node.op == "call_module":
+        if node.op == "call_module":  # without hooks: a module around one that has them is not traced
             module = self._module(node)
-            usual = runs_own_forward(module) and not has_forward_hooks(module)
-            return usual and is_elementwise_module(module)
+            return runs_own_forward(module) and is_elementwise_module(module)
         if node.op == "call_function":
             return node.target in ELEMENTWISE_FUNCTIONS
         return node.op == "call_method" and node.target in ELEMENTWISE_METHODS
@@ -220,9 +218,7 @@ class _Proof:
         for node in self._opaque:
             if first < self._at[node] < last:
                 return f"{self._what(node)}, which cannot be traced, runs before it is used"
-        widths = {features(self._module(n))[1] for n in group if n in self._linears}
-        widths |= {features(self._module(r))[0] for n in group for r in n.users if r in self._linears}
-        return None if len(widths) == 1 else f"widths differ along the way: {sorted(widths)}"
+        return None
 
     def _find_chains(self) -> list[ProvenChain]:
         """Join the linears that write to or read from the same group, and keep what `owner` itself runs."""
@@ -276,10 +272,6 @@ class _Proof:
         if node.op == "call_module":
             return f"{self._name(node)!r} ({type(self._module(node)).__name__})"
         return f"{getattr(node.target, '__name__', node.target)}()"
-
-
-def _reads_one(node: fx.Node) -> bool:
-    return len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
 
 
 def _asks_kind(node: fx.Node) -> bool:

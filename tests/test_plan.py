@@ -137,6 +137,39 @@ def test_an_intermediate_that_is_seen_elsewhere_is_not_sharded():
     assert "is not used" in reasons(Kept())["fc1"]
 
 
+def test_a_linear_that_is_called_twice_is_in_no_chain():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.fc2(torch.relu(self.fc1(torch.relu(self.fc1(x)))))
+
+    assert decisions(Twice()) == DENSE
+    assert reasons(Twice())["fc1"].endswith("it is called more than once")
+
+
+def test_a_linear_may_be_called_by_keyword():
+    class Keyword(Block):
+        def forward(self, x):
+            return self.fc2(input=torch.relu(self.fc1(input=x)))
+
+    assert decisions(Keyword()) == CHAIN
+    assert phantomize_(Keyword(), PhantomConfig(4))(torch.randn(2, 16)).shape == (2, 16)
+
+
+def test_a_value_that_three_linears_read_is_not_sharded():
+    class Three(Block):
+        def forward(self, x):
+            h = torch.relu(self.fc1(x))
+            return self.fc2(h) * self.a(h) * self.b(h)
+
+    made = Three(a=nn.Linear(32, 16), b=nn.Linear(32, 16))
+    assert set(decisions(made).values()) == {"skip"}
+    assert "'fc1' (Linear) is read" not in reasons(made)["fc1"] and "is read 3 times" in reasons(made)["fc1"]
+
+
 class Listens(Block):
     """Keeps what it hears in a list or as an attribute, where a training step may read it."""
 
