@@ -289,6 +289,13 @@ def in_background(names):
     return [pytest.param(name, marks=pytest.mark.background(bad_end, name)) for name in names]
 
 
+@pytest.mark.parametrize("name", in_background(name for name in RUNS if RUNS[name] is None))
+def test_kills_at_random_moments(outcome, name):
+    _, code, output, left = outcome
+    assert code == 0 and not left, output
+    assert "resumes that succeeded       2 of 2" in output
+
+
 @pytest.mark.parametrize("name", in_background(name for name in RUNS if RUNS[name] is not None))
 def test_a_run_ends_and_can_be_resumed(outcome, name):
     folder, code, output, left = outcome
@@ -310,10 +317,3 @@ def test_a_run_ends_and_can_be_resumed(outcome, name):
         module = Net()
         t.fit(module, loader(), ckpt_path=path)
         assert t.global_step == step + 2 and len(module.losses) == 2
-
-
-@pytest.mark.parametrize("name", in_background(name for name in RUNS if RUNS[name] is None))
-def test_kills_at_random_moments(outcome, name):
-    _, code, output, left = outcome
-    assert code == 0 and not left, output
-    assert "resumes that succeeded       2 of 2" in output

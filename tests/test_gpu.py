@@ -53,7 +53,8 @@ def _chain_on_ranks():
     if DEVICE == "cuda":
         torch.cuda.set_device(device)
     model, x = _chain()
-    model = phantomize_(model.to(device), PhantomConfig(num_blocks=4), dist.new_group(backend=BACKEND))
+    # Swapped in host memory and then moved, as by a strategy.
+    model = phantomize_(model, PhantomConfig(num_blocks=4), dist.new_group(backend=BACKEND)).to(device)
     z = model(x.to(device))
     z.square().sum().backward()
     return z.detach().cpu(), x.grad
