@@ -19,7 +19,7 @@ sys.path.insert(0, str(here))
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that wait for work in the background come last; in their order it is started, so faults, the longest, first."""
+    """Tests that wait for work in the background come last. It starts in their order: faults, the longest, first."""
     items.sort(key=lambda item: (item.get_closest_marker("background") is not None, item.path.stem != "test_faults"))
 
 

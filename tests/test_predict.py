@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from background import program
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_phantom import comm
@@ -170,6 +171,23 @@ def test_plan_command_simulates(tmp_path, capsys):
     simulation = result["simulation"]
     for method, one in simulation["measured"].items():
         assert one["sent_bytes"] == simulation["methods"][method]["sent_bytes"]
+
+
+def measured_on_two_ranks(folder):
+    (folder / "run.yaml").write_text(CONFIG)
+    command = ["-m", "lightning_phantom", "plan", "--config", folder / "run.yaml", "--num-blocks", 4, "--ranks", 2]
+    return program(*command, "--json", folder / "plan.json"), json.loads((folder / "plan.json").read_text())
+
+
+@pytest.mark.background.with_args(measured_on_two_ranks)
+def test_plan_measures_two_ranks_at_once(outcome):
+    out, result = outcome
+    assert "Predicted from rates measured on this machine" in out
+    assert set(result["machine_origin"].values()) == {"measured here"}
+    machine = Machine(**result["machine"])
+    assert 0 < machine.flops_per_s < 1e15 and 0 < machine.link_bytes_per_s < 1e13
+    times = [method["step_s"] for method in result["here"]["methods"].values()]
+    assert all(0 < seconds < 10 for seconds in times)
 
 
 def test_plan_measures_this_machine_where_nothing_is_given(tmp_path, capsys, monkeypatch):
