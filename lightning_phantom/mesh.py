@@ -95,6 +95,8 @@ _meshes: dict[tuple[object, int], Mesh] = {}
 
 def make_mesh(sizes: Sizes, timeout: timedelta | None) -> Mesh:
     """Make this process's groups, or return those made before; every rank calls it."""
+    for old in [key for key in _meshes if key[0] is not dist.group.WORLD]:
+        del _meshes[old]  # of ranks that have parted: the groups' threads would go on
     key = (dist.group.WORLD, sizes.phantom)
     if key not in _meshes:
         rows = [list(range(d * sizes.phantom, (d + 1) * sizes.phantom)) for d in range(sizes.data_parallel)]

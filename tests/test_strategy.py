@@ -1,6 +1,7 @@
 """The strategy on gloo ranks: the same training for every number of ranks, and what must agree between them."""
 
 import copy
+import gc
 import os
 import re
 import tempfile
@@ -479,6 +480,18 @@ def test_launchers(outcome, launcher):
     assert [line[:11] for line in lines] == ["rank 0 of 2", "rank 1 of 2"]
     assert len({line.partition("val_loss")[2] for line in lines}) == 1
     assert outcome.count("Phantom plan: 3 of 4 linears") == 1
+
+
+def test_ranks_that_have_parted_leave_no_threads(tmp_path):
+    """Every group of gloo's has threads of its own, which look for work a hundred times a second."""
+
+    def threads_after_a_fit():
+        one(tmp_path).fit(Net(), loader(16))
+        dist.destroy_process_group()
+        gc.collect()
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    assert threads_after_a_fit() == threads_after_a_fit()
 
 
 def test_timeout_reaches_the_groups():
