@@ -83,6 +83,15 @@ RUNS = {
 }
 
 
+# A Trainer of another test, interrupted meanwhile, lets this process ignore signals, and what it starts inherits that.
+UNDISTURBED = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
 def processes(mark):
     """The processes of a run, which all inherit its mark (zombies have lost it)."""
     found = []
@@ -111,7 +120,7 @@ def bad_end(folder, name):
         (folder / "run.py").write_text(SCRIPT)
         script = [folder / "run.py", folder, kind, fault, victim, "60" if fault == "SIGSTOP" else "120"]
     started = subprocess.Popen(
-        [sys.executable, *map(str, script)],
+        [sys.executable, "-S", "-c", UNDISTURBED, sys.executable, *map(str, script)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -60,8 +61,11 @@ def _no_leaks_from_shared_fixtures():
 @pytest.fixture(autouse=True)
 def _same_numbers_and_no_leaks():
     torch.manual_seed(0)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with same_environment():
         yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)  # an interrupted Trainer ignores them
     assert torch.get_default_dtype() is torch.float32
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
