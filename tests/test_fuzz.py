@@ -534,13 +534,14 @@ def attempt(seed, group):
 
 def compared(seed, alone, everyone):
     """What becomes of a seed's module when every rank's attempt is compared with the one alone."""
-    for together in everyone:
-        if isinstance(alone, str) or isinstance(together, str):
-            indivisible = (
-                not isinstance(alone, str) and alone[0].num_blocks % 2 and "must divide the number" in together
-            )
-            return together if together == alone or indivisible else f"seed {seed}: {alone} | {together}"
-        config, module, values = together
+    refusals = {attempt for attempt in everyone if isinstance(attempt, str)}
+    if refusals or isinstance(alone, str):
+        together = refusals.pop() if len(refusals) == 1 and all(isinstance(a, str) for a in everyone) else everyone
+        indivisible = not isinstance(alone, str) and alone[0].num_blocks % len(everyone)
+        if together == alone or (indivisible and "must divide the number of blocks" in together):
+            return together
+        return f"seed {seed}: {alone} | {together}"
+    for config, module, values in everyone:
         try:
             for key, value in alone[2].items():
                 assert (value is None) == (values[key] is None), key
