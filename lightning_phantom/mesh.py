@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -89,21 +90,18 @@ def share_out(name: str, size: int | str, data_parallel_size: int | str, devices
     return ranks, replicas
 
 
-# Groups are collective to make and cannot be unmade cheaply: one set per process and pair of sizes.
-_meshes: dict[tuple[object, int], Mesh] = {}
+# Groups are collective to make and cannot be unmade cheaply: one set per process and R, for as long as its world lives.
+_meshes: WeakKeyDictionary[Any, dict[int, Mesh]] = WeakKeyDictionary()
 
 
 def make_mesh(sizes: Sizes, timeout: timedelta | None) -> Mesh:
     """Make this process's groups, or return those made before; every rank calls it."""
-    for old in [key for key in _meshes if key[0] is not dist.group.WORLD]:
-        del _meshes[old]  # of ranks that have parted: the groups' threads would go on
-    key = (dist.group.WORLD, sizes.phantom)
-    if key not in _meshes:
+    meshes = _meshes.setdefault(dist.group.WORLD, {})
+    if sizes.phantom not in meshes:
         rows = [list(range(d * sizes.phantom, (d + 1) * sizes.phantom)) for d in range(sizes.data_parallel)]
         columns = [list(column) for column in zip(*rows, strict=True)]
         phantom, _ = dist.new_subgroups_by_enumeration(rows, timeout=timeout)
         data_parallel, _ = dist.new_subgroups_by_enumeration(columns, timeout=timeout)
-        _meshes[key] = Mesh(
-            Ranks(phantom if sizes.phantom > 1 else None), Ranks(data_parallel), (data_parallel, phantom)
-        )
-    return _meshes[key]
+        phantom_ranks = Ranks(phantom if sizes.phantom > 1 else None)
+        meshes[sizes.phantom] = Mesh(phantom_ranks, Ranks(data_parallel), (data_parallel, phantom))
+    return meshes[sizes.phantom]
