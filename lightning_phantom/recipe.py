@@ -72,8 +72,7 @@ class Recipe(LightningCLI):
         strategy, given = self.config.trainer.strategy, {}
         if isinstance(strategy, Namespace) and strategy.class_path.rpartition(".")[2] == PhantomStrategy.__name__:
             given = {**strategy.get("init_args", {}), **strategy.get("dict_kwargs", {})}
-        given |= {name: value for name, value in chosen.items() if value is not None}
-        return {name: value for name, value in given.items() if value is not None}
+        return {name: value for name, value in (*given.items(), *chosen.items()) if value is not None}
 
     @property
     def seed(self) -> int:

@@ -145,9 +145,8 @@ def _moved_out(value: Any, name: str, tensors: dict[str, Tensor], mesh: DeviceMe
 
 def _empty(entry: Mapping[str, Any], mesh: DeviceMesh) -> Tensor:
     shape, dim, ranks = entry["shape"], entry["dim"], mesh.size(1)
-    if (
-        dim is None
-    ):  # in host memory, where step counts belong; what belongs elsewhere is copied there when it is loaded
+    if dim is None:
+        # In host memory, where step counts belong; loading copies the others to where they belong.
         return torch.empty(shape, dtype=entry["dtype"], device="cpu")
     if shape[dim] % ranks:
         raise CheckpointError(f"{entry[_TENSOR]!r} of shape {shape} does not divide between {ranks} ranks.")

@@ -20,8 +20,8 @@ sys.path.insert(0, str(here))
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that wait for work in the background come last. It starts in their order: faults, the longest, first."""
-    items.sort(key=lambda item: (item.get_closest_marker("background") is not None, item.path.stem != "test_faults"))
+    """Tests that wait for work in the background come last; it starts in their order."""
+    items.sort(key=lambda item: item.get_closest_marker("background") is not None)
 
 
 @pytest.fixture(scope="session", autouse=True)
