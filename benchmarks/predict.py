@@ -2,8 +2,8 @@
 
     python benchmarks/predict.py
 
-The machine's rates are measured first, on layers of their own (`lightning_phantom.measure`); none of the configurations
-below is among them. All steps are then timed in turn, round after round, on the same ranks.
+The machine's rates are measured first, on layers of their own (`lightning_phantom.measure.machine`); none of
+the configurations below is among them. All steps are then timed in turn, round after round, on the same ranks.
 """
 
 import argparse
@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from lightning_phantom.comm import Ranks
 from lightning_phantom.config import resolve_phantom_width
-from lightning_phantom.cost import Layer
-from lightning_phantom.measure import measure
-from lightning_phantom.predict import METHODS, predict
-from lightning_phantom.simulate import make_share, make_step
+from lightning_phantom.cost.count import Layer
+from lightning_phantom.cost.predict import METHODS, predict
+from lightning_phantom.distributed.comm import Ranks
+from lightning_phantom.measure.machine import measure
+from lightning_phantom.measure.simulate import make_share, make_step
 
 # Ranks, features, depth, blocks, phantom width, tokens.
 CONFIGURATIONS = (

@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_phantom import EnergyMonitor, PhantomLinear, PhantomStrategy, estimate_cost
-from lightning_phantom.comm import Traffic, record_traffic
+from lightning_phantom.distributed.comm import Traffic, record_traffic
 
 
 class RunReport(L.Callback):

@@ -8,11 +8,11 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning_phantom.config import PhantomConfig
 from lightning_phantom.cost import estimate_cost
 from lightning_phantom.energy import EnergyMonitor
-from lightning_phantom.ffn import plan_phantom
-from lightning_phantom.layers import PhantomLinear
-from lightning_phantom.strategy import PhantomStrategy
+from lightning_phantom.layers.phantom import PhantomLinear
+from lightning_phantom.plan.finder import plan_phantom
+from lightning_phantom.strategies.phantom import PhantomStrategy
+from lightning_phantom.strategies.tensor_parallel import TensorParallelStrategy
 from lightning_phantom.swap import densify, phantomize_
-from lightning_phantom.tensor_parallel import TensorParallelStrategy
 
 __version__ = "0.1.0"
 

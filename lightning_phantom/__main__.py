@@ -1,6 +1,6 @@
 """`python -m lightning_phantom`."""
 
-from lightning_phantom.cli import main
+from lightning_phantom.commands.cli import main
 
 if __name__ == "__main__":
     main()

@@ -9,18 +9,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_phantom import fused
-from lightning_phantom.chain import Chain, ShardedDropout
-from lightning_phantom.comm import Ranks, broadcast
 from lightning_phantom.config import Config, PhantomConfig, TensorParallelConfig
-from lightning_phantom.convert import block_diagonal
+from lightning_phantom.distributed.comm import Ranks, broadcast
 from lightning_phantom.errors import PhantomError, PlanError
-from lightning_phantom.ffn import plan_phantom
-from lightning_phantom.layers import PhantomLinear
-from lightning_phantom.linears import features, make_linear, oriented
-from lightning_phantom.parallel_linear import ParallelLinear
-from lightning_phantom.plan import Plan, PlannedLayer
-from lightning_phantom.split import SplitLinear
+from lightning_phantom.layers.chain import Chain, ShardedDropout
+from lightning_phantom.layers.dense import features, make_linear, oriented
+from lightning_phantom.layers.factors import block_diagonal
+from lightning_phantom.layers.phantom import PhantomLinear
+from lightning_phantom.layers.split import SplitLinear
+from lightning_phantom.layers.tensor_parallel import ParallelLinear
+from lightning_phantom.plan import transformer
+from lightning_phantom.plan.finder import plan_phantom
+from lightning_phantom.plan.record import Plan, PlannedLayer
 
 
 def phantomize_(module: nn.Module, config: PhantomConfig, process_group: dist.ProcessGroup | None = None) -> nn.Module:
@@ -94,7 +94,7 @@ def carry_out(
                 dropouts.setdefault(dropout, []).append((chain, sharded))
     for dropout, uses in dropouts.items():
         _replace(module, dropout, ShardedDropout(dropout, uses, config.parts, ranks))
-    fused.switch_off(module, SplitLinear)
+    transformer.switch_off(module, SplitLinear)
 
 
 def _check_weights(module: nn.Module, plan: Plan) -> None:
@@ -212,7 +212,7 @@ def densify(module: nn.Module) -> nn.Module:
         if not name:
             return plain
         _replace(dense, layer, plain)
-    fused.restore(dense)
+    transformer.restore(dense)
     return dense
 
 

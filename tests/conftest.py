@@ -14,9 +14,10 @@ torch.set_num_threads(1)
 
 # Child processes import test modules, examples and benchmarks by name; for the first folder see its sitecustomize.py.
 here = Path(__file__).parent
-folders = [f"{here}/lean", f"{here}", f"{here.parent}", os.environ.get("PYTHONPATH")]
+folders = [f"{here}/helpers/lean", f"{here}/helpers", f"{here.parent}", os.environ.get("PYTHONPATH")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
-sys.path.insert(0, str(here))
+# Tests share helpers, and some share what stands in another test.
+sys.path[:0] = [str(folder) for folder in (here / "helpers", *here.iterdir()) if folder.is_dir()]
 
 
 def pytest_collection_modifyitems(items):

@@ -14,9 +14,10 @@ from lightning.pytorch.cli import LightningCLI
 from torch.distributed.run import get_args_parser
 
 import lightning_phantom
-from lightning_phantom import compare_options, plan_command
-from lightning_phantom.cli import main
-from lightning_phantom.predict import Machine
+from lightning_phantom.commands import plan as plan_command
+from lightning_phantom.commands.cli import main
+from lightning_phantom.commands.compare import options as compare_options
+from lightning_phantom.cost.predict import Machine
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

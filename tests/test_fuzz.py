@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lightning_phantom.config import INITS, PLAN_WORDS, PhantomConfig
 from lightning_phantom.errors import PhantomError
-from lightning_phantom.layers import PhantomLinear
+from lightning_phantom.layers.phantom import PhantomLinear
 from lightning_phantom.swap import densify, phantomize_
 
 FACTORS = ("weight", "compressor_weight", "decompressor_weight")

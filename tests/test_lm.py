@@ -12,7 +12,7 @@ from benchmarks import ablation, lm
 from examples.lm import LanguageModel, Text
 from examples.report import RunReport
 from lightning_phantom import EnergyMonitor, PhantomConfig, PhantomStrategy, plan_phantom
-from lightning_phantom.energy_report import FLAGS
+from lightning_phantom.energy.report import FLAGS
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,18 +12,24 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_phantom
-from lightning_phantom.cli import main
+from lightning_phantom.commands.cli import main
 
 ROOT = Path(__file__).parent.parent
-# Each module imports only from those before it.
-ORDER = (
-    "errors launch rng files config cost comm linears convert calibrate chain split fused layers "
-    "parallel_linear elementwise tracing plan proof declared ffn swap mesh gradients prepare replicas "
-    "checkpoint sharded saving running base strategy tensor_parallel conversion_report conversion "
-    "energy_report energy_show energy_meter energy_fit energy __init__ terminal recipe calibration_run "
-    "convert_command predict measure scale trial simulate plan_command compare_options compare_report "
-    "compare_show compare cli __main__"
-).split()
+# The wings, floor by floor: a module imports from its own wing and from floors below its own.
+FLOORS = (
+    ("errors",),
+    ("config",),
+    ("distributed", "cost"),
+    ("layers",),
+    ("plan", "checkpoints", "measure"),
+    ("swap", "conversion"),
+    ("strategies",),
+    ("__init__",),
+    ("commands",),
+    ("__main__",),
+)
+FLOOR = {wing: n for n, wings in enumerate(FLOORS) for wing in wings}
+WITHOUT_LIGHTNING = ("distributed", "layers", "plan", "cost")
 
 
 def test_public_names():
@@ -53,31 +59,60 @@ import importlib; importlib.reload(lightning_phantom)
 
 
 def imported(path):
+    """What a file imports, in full: `from a import b` may be the module a.b as well as a name in a."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_phantom"):
-            module = node.module.removeprefix("lightning_phantom").lstrip(".")
-            yield from [module] if module else [a.name for a in node.names]
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
-            for a in node.names:
-                if a.name.startswith("lightning_phantom"):
-                    yield a.name.removeprefix("lightning_phantom").lstrip(".") or "__init__"
+            yield from (alias.name for alias in node.names)
+
+
+PACKAGE = ROOT / "lightning_phantom"
+MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+
+
+def own_imports(name):
+    """The modules of the package that a module imports, without the name that it takes from them."""
+    for full in imported(MODULES[name]):
+        first, _, rest = full.partition(".")
+        if first == "lightning_phantom":
+            candidates = (rest, rest.rpartition(".")[0], f"{rest}.__init__", f"{rest.rpartition('.')[0]}.__init__")
+            yield next((c for c in candidates if c in MODULES), "__init__")
+
+
+def wing(name):
+    return name.partition(".")[0]
 
 
 def test_imports_run_one_way():
-    modules = {path.stem: path for path in (ROOT / "lightning_phantom").glob("*.py")}
-    assert set(modules) == set(ORDER)
-    for name, path in modules.items():
-        for other in imported(path):
-            assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}"
-    energy = {other for name in ORDER if name.startswith("energy") for other in imported(modules[name])}
-    assert energy <= {"errors", "energy_report", "energy_show", "energy_meter", "energy_fit"}  # a side leaf
-    for name in ORDER[: ORDER.index("energy_report")]:
-        assert not any(other.startswith("energy") for other in imported(modules[name]))
-    assert not {"torch", "lightning"} & {
-        node.names[0].name.split(".")[0]
-        for node in ast.walk(ast.parse(modules["cost"].read_text()))
-        if isinstance(node, ast.Import)
-    }
+    assert {wing(name) for name in MODULES} == {*FLOOR, "energy"}
+    for name in MODULES:
+        for other in own_imports(name):
+            if wing(name) == wing(other):
+                continue
+            if wing(name) == "energy":  # a side leaf
+                assert other == "errors", f"{name} imports {other}"
+            elif wing(other) == "energy":
+                assert FLOOR[wing(name)] >= FLOOR["__init__"], f"{name} imports {other}"
+            else:
+                assert FLOOR[wing(other)] < FLOOR[wing(name)], f"{name} imports {other}"
+
+
+def test_no_imports_in_a_circle():
+    graph = {name: set(own_imports(name)) - {name} for name in MODULES}
+    while graph:
+        leaves = {name for name, others in graph.items() if not others & graph.keys()}
+        assert leaves, f"imports in a circle among {sorted(graph)}"
+        graph = {name: others for name, others in graph.items() if name not in leaves}
+
+
+def test_wings_do_without_what_they_do_not_need():
+    for name, path in MODULES.items():
+        outside = {full.partition(".")[0] for full in imported(path)}
+        if wing(name) in WITHOUT_LIGHTNING:
+            assert not outside & {"lightning", "pytorch_lightning"}, name
+        if wing(name) == "cost":
+            assert not outside & {"torch", "numpy"}, name
 
 
 def test_cli_help_and_version(capsys):

@@ -1,0 +1,1 @@
+"""The command line: `cli` (fit, validate, test, predict), `plan`, `convert`, `compare`."""

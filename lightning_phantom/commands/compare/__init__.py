@@ -1,0 +1,1 @@
+"""`lightning-phantom compare`: the same training by several methods, side by side."""

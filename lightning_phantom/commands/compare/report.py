@@ -1,0 +1,131 @@
+"""Makes one record of the runs of a comparison: medians, spreads, ratios, and what is unfair about it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from lightning_phantom.commands.compare.options import ONE_RANK, TP, Request
+
+UNCOUNTED = ("torch",)  # its collectives do not go through this package
+NOISY = 0.25  # spread of a method's rounds, relative to their median, from which the times are called unsteady
+
+
+def summarise(
+    request: Request, environment: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], left_out: Mapping[str, str]
+) -> dict[str, Any]:
+    """Everything that `compare` shows, as plain data.
+
+    Args:
+        request: what was compared.
+        environment: where.
+        runs: `{"method", "round", "ranks": [Measured.as_dict() of each rank]}`, in the order in which they ran.
+        left_out: methods that could not run, and why.
+    """
+    methods = {
+        m: _method(request, [r for r in runs if r["method"] == m]) for m in dict.fromkeys(r["method"] for r in runs)
+    }
+    for figures in (methods[m] for m in UNCOUNTED if m in methods):
+        figures.update(waited_s=None, sent_bytes=None, calls=None)
+    tp = {m: methods[m]["step_s"]["median"] for m in TP if m in methods}
+    fastest = min(tp, key=lambda m: tp[m], default=None)
+    least_bytes = min((b for m in tp if (b := methods[m]["sent_bytes"]) is not None), default=None)
+    return {
+        "request": {**asdict(request), "json": str(request.json), "plot": str(request.plot)},
+        "environment": dict(environment),
+        "methods": methods,
+        "left_out": dict(left_out),
+        "fastest_tp": fastest,
+        "ratios": {} if fastest is None else {m: _ratios(methods[m], methods[fastest], least_bytes) for m in methods},
+        "warnings": _warnings(request, environment, methods),
+        "runs": list(runs),
+    }
+
+
+def _method(request: Request, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A method's figures; a step takes as long as it takes on the slowest rank."""
+    rounds = [max(statistics.median(rank["steps_s"]) for rank in run["ranks"]) for run in runs]
+    ranks = [rank for run in runs for rank in run["ranks"]]
+    step_s, samples = statistics.median(rounds), ranks[0]["samples"]
+    # The first fits of a process also hold what is made once and kept: the least round is the method's own.
+    peaks = [max(r["peak_bytes"] for r in run["ranks"]) for run in runs if run["ranks"][0]["peak_bytes"] is not None]
+    losses = runs[0]["ranks"][0]["losses"]
+    tokens = request.tokens_per_sample
+    return {
+        "step_s": {"median": step_s, "low": min(rounds), "high": max(rounds), "rounds": rounds},
+        "samples_per_s": samples / step_s,
+        "tokens_per_s": None if tokens is None else samples * tokens / step_s,
+        "waited_s": statistics.median(max(rank["waited_s"] for rank in run["ranks"]) for run in runs),
+        "sent_bytes": max(rank["sent_bytes"] for rank in ranks),
+        "calls": max(rank["calls"] for rank in ranks),
+        "weights": max(rank["weights"] for rank in ranks),
+        "peak_bytes": min(peaks, default=None),
+        "losses": losses,
+        "val_loss": losses[-1][2] if losses else None,
+        "to_target": _to_target(request.target_loss, runs[0]["ranks"]),
+    }
+
+
+def _to_target(target: float | None, ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Steps, seconds of training, and joules until the validation loss was first seen at the target."""
+    if target is None:
+        return None
+    reached = next(((step, seconds) for step, seconds, loss in ranks[0]["losses"] if loss <= target), None)
+    if reached is None:
+        return {"steps": None, "seconds": None, "energy_j": None, "energy_flag": None}
+    energy = ranks[0]["energy"] or {"steady_j_per_step": None, "flag": "failed"}
+    a_step = energy["steady_j_per_step"]
+    joules = None if a_step is None else a_step * reached[0]
+    return {"steps": reached[0], "seconds": reached[1], "energy_j": joules, "energy_flag": energy["flag"]}
+
+
+def _ratios(method: Mapping[str, Any], fastest: Mapping[str, Any], least_bytes: float | None) -> dict[str, Any]:
+    """A method over the fastest tensor parallelism, steps round by round; bytes over the least that one sends."""
+    pairs = sorted(a / b for a, b in zip(method["step_s"]["rounds"], fastest["step_s"]["rounds"], strict=False))
+    ratios: dict[str, Any] = {"step": {"median": statistics.median(pairs), "low": pairs[0], "high": pairs[-1]}}
+    ratios["sent_bytes"] = (
+        None if method["sent_bytes"] is None or not least_bytes else method["sent_bytes"] / least_bytes
+    )
+    for name in ("weights", "peak_bytes"):
+        ratios[name] = method[name] / fastest[name] if method[name] is not None and fastest[name] else None
+    mine, theirs = method["to_target"], fastest["to_target"]
+    if mine and theirs:
+        for name in ("steps", "seconds"):
+            ratios[f"{name}_to_target"] = mine[name] / theirs[name] if mine[name] and theirs[name] else None
+        measured = all(t["energy_flag"] in ("measured_counter", "sampled_power") for t in (mine, theirs))
+        ratios["energy_to_target"] = mine["energy_j"] / theirs["energy_j"] if measured and theirs["energy_j"] else None
+    return ratios
+
+
+def _warnings(request: Request, environment: Mapping[str, Any], methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    warnings = []
+    untuned = [m for m in methods if m != "control" and not request.tuned(m)]
+    if "phantom" in methods and "phantom" in untuned and len(methods) > 1:
+        warnings.append(
+            "The learning rate was not tuned per method, and phantom's best need not be the dense one's. Compare "
+            "losses only after trying, e.g. --set phantom.model.lr=..."
+        )
+    if "phantom" in methods and "control" not in methods:
+        warnings.append(
+            "A phantom model is a smaller function than the dense one. A dense model of as many weights is the fair "
+            "control for its loss: --control."
+        )
+    if all(m["val_loss"] is None for m in methods.values()):
+        warnings.append(f"No validation loss: the module logs no {request.monitor!r}; name it with --monitor.")
+    flags = {t["energy_flag"] for m in methods.values() if (t := m["to_target"]) and t["energy_flag"]}
+    if flags - {"measured_counter", "sampled_power"}:
+        warnings.append(f"Joules here are {', '.join(sorted(flags))}, so no ratio of energies is given.")
+    if environment["ranks"] // environment["hosts"] * environment["threads_per_rank"] > environment["cores"]:
+        warnings.append("There are more busy threads than cores: the ranks take turns, which no cluster's do.")
+    unsteady = [
+        m for m, v in methods.items() if v["step_s"]["high"] - v["step_s"]["low"] > NOISY * v["step_s"]["median"]
+    ]
+    if unsteady:
+        warnings.append(
+            f"The rounds of {', '.join(unsteady)} differ by more than {NOISY:.0%}: the machine was not quiet."
+        )
+    if any(m in methods for m in ONE_RANK) and environment["ranks"] > 1:
+        warnings.append("Dense runs have one rank, and the memory and caches of the host, to themselves.")
+    return warnings

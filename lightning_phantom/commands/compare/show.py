@@ -1,0 +1,133 @@
+"""Shows a comparison: a table, a JSON file, a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_phantom.commands.compare.report import UNCOUNTED
+from lightning_phantom.commands.terminal import show
+
+
+def show_result(result: Mapping[str, Any]) -> None:
+    """Print a comparison: a column per method, then the warnings."""
+    from rich.table import Table
+
+    where, request = result["environment"], result["request"]
+    hosts = f"{where['hosts']} host{'s' * (where['hosts'] > 1)}"
+    table = Table(
+        title=f"{where['ranks']} ranks on {hosts}, {request['rounds']} rounds of "
+        f"{request['steps']} steps after {request['warmup']}: medians, and the lowest and highest round",
+        title_justify="left",
+    )
+    table.add_column("")
+    for method in result["methods"]:
+        table.add_column(method, justify="right")
+    for label, figure in _rows(result):
+        cells = [figure(name) for name in result["methods"]]
+        if any(cells):
+            table.add_row(label, *(cell or "-" for cell in cells))
+    show(table)
+    left_out = [f"Left out: {method}: {why}" for method, why in result["left_out"].items()]
+    warnings = [f"Warning: {warning}" for warning in result["warnings"]]
+    show(*left_out, *warnings, soft_wrap=True, markup=False)
+
+
+def _rows(result: Mapping[str, Any]) -> list[tuple[str, Callable[[str], str | None]]]:
+    methods, ratios, fastest = result["methods"], result["ratios"], result["fastest_tp"]
+
+    def of(name: str, form: str, scale: float = 1.0) -> Callable[[str], str | None]:
+        return lambda method: None if (value := methods[method][name]) is None else form.format(value * scale)
+
+    def over(name: str) -> Callable[[str], str | None]:
+        return lambda method: None if (value := ratios.get(method, {}).get(name)) is None else f"{value:.3f}"
+
+    def step(method: str) -> str:
+        s = methods[method]["step_s"]
+        return f"{1e3 * s['median']:.2f} ({1e3 * s['low']:.2f}-{1e3 * s['high']:.2f})"
+
+    def step_over(method: str) -> str | None:
+        s = ratios.get(method, {}).get("step")
+        return None if s is None else f"{s['median']:.3f} ({s['low']:.3f}-{s['high']:.3f})"
+
+    def sent(form: Callable[[str], str | None]) -> Callable[[str], str | None]:
+        return lambda method: "not counted" if method in UNCOUNTED else form(method)
+
+    def target(name: str, form: str) -> Callable[[str], str | None]:
+        def cell(method: str) -> str | None:
+            reached = methods[method]["to_target"]
+            if reached is None:
+                return None
+            return "not reached" if reached["steps"] is None else _or_dash(reached[name], form)
+
+        return cell
+
+    def flag(method: str) -> str | None:
+        reached = methods[method]["to_target"]
+        return None if reached is None else reached["energy_flag"]
+
+    to = f"{result['request']['target_loss']}"
+    return [
+        ("ms per step", step),
+        (f"  over {fastest}", step_over),
+        ("samples per s", of("samples_per_s", "{:,.0f}")),
+        ("tokens per s", of("tokens_per_s", "{:,.0f}")),
+        ("ms waiting for collectives", sent(of("waited_s", "{:.2f}", 1e3))),
+        ("MB sent per rank and step", sent(of("sent_bytes", "{:.3f}", 1e-6))),
+        ("  over the least of TP", sent(over("sent_bytes"))),
+        ("collectives per step", sent(of("calls", "{:g}"))),
+        ("weights per rank", of("weights", "{:,.0f}")),
+        (f"  over {fastest}", over("weights")),
+        ("peak memory per rank, MB", of("peak_bytes", "{:,.0f}", 1e-6)),
+        ("validation loss at equal steps", of("val_loss", "{:.4f}")),
+        (f"steps to {to}", target("steps", "{:,.0f}")),
+        (f"seconds to {to}", target("seconds", "{:.2f}")),
+        (f"  over {fastest}", over("seconds_to_target")),
+        (f"joules to {to}", target("energy_j", "{:.1f}")),
+        ("  which are", flag),
+        (f"  over {fastest}", over("energy_to_target")),
+    ]
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def write_json(result: Mapping[str, Any], path: Path | None) -> None:
+    """Write a comparison; a file that is there is replaced at once."""
+    if path is not None:
+        unfinished = path.with_name(f"{path.name}.unfinished")
+        unfinished.write_text(json.dumps(result, indent=2) + "\n")
+        os.replace(unfinished, path)
+
+
+def write_plot(result: Mapping[str, Any], path: Path) -> None:
+    """Draw step time, bytes and losses of each method."""
+    from matplotlib.figure import Figure
+
+    methods = result["methods"]
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    times, traffic, losses = figure.subplots(1, 3)
+    medians = [1e3 * m["step_s"]["median"] for m in methods.values()]
+    spread = [
+        [1e3 * abs(m["step_s"][end] - m["step_s"]["median"]) for m in methods.values()] for end in ("low", "high")
+    ]
+    times.bar(list(methods), medians, yerr=spread, capsize=3)
+    times.set_ylabel("ms per step")
+    counted = [name for name in methods if name not in UNCOUNTED]
+    traffic.bar(counted, [methods[name]["sent_bytes"] / 1e6 for name in counted])
+    traffic.set_ylabel("MB sent per rank and step")
+    for name, method in methods.items():
+        if method["losses"]:
+            steps, _, values = zip(*method["losses"], strict=True)
+            losses.plot(steps, values, marker="o", label=name)
+    losses.set_xlabel("step")
+    losses.set_ylabel(f"validation: {result['request']['monitor']}")
+    if losses.lines:
+        losses.legend()
+    for axes in (times, traffic):
+        axes.tick_params(axis="x", rotation=30)
+    figure.savefig(path)

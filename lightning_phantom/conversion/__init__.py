@@ -1,0 +1,1 @@
+"""Dense checkpoints to phantom ones and back, offline."""

@@ -1,0 +1,135 @@
+"""What phantom parallelism would do to a model, and what a step would cost on so many ranks: counted and predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from lightning_phantom.config import resolve_phantom_width
+from lightning_phantom.cost.count import Cost, Layer, estimate_cost
+from lightning_phantom.cost.predict import METHODS, Machine, StepTime, predict
+from lightning_phantom.errors import PhantomError
+
+MOST_BLOCKS = 4096
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The feed-forward part of a step on so many ranks.
+
+    Attributes:
+        num_blocks: p.
+        phantom_widths: each k that a layer has.
+        num_ranks: R.
+        tokens: rows of the activations of one step on these ranks.
+        dtype: type of the activations.
+        costs: weights, FLOPs, bytes and calls of one rank, by method (`predict.METHODS`).
+        times: the predicted step, by method.
+    """
+
+    num_blocks: int
+    phantom_widths: tuple[int, ...]
+    num_ranks: int
+    tokens: int
+    dtype: str
+    costs: dict[str, Cost]
+    times: dict[str, StepTime]
+
+    @property
+    def fastest_tp(self) -> str:
+        """The style of tensor parallelism with the shorter predicted step."""
+        return min(METHODS[1:3], key=lambda method: self.times[method].seconds)
+
+    def ratio(self, what: str) -> float | None:
+        """Phantom over the cheaper tensor parallelism: `"weights"`, `"flops"`, `"sent_bytes"`; None of nothing."""
+        least = min(getattr(self.costs[method], what) for method in METHODS[1:3])
+        return getattr(self.costs["phantom"], what) / least if least else None
+
+    @property
+    def time_ratio(self) -> float:
+        """Predicted step of phantom over that of the fastest tensor parallelism."""
+        return self.times["phantom"].seconds / self.times[self.fastest_tp].seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return {
+            "num_blocks": self.num_blocks,
+            "num_ranks": self.num_ranks,
+            "phantom_widths": self.phantom_widths,
+            "methods": {
+                m: {**asdict(self.costs[m]), "flops": self.costs[m].flops, "sent_bytes": self.costs[m].sent_bytes}
+                | {**asdict(self.times[m]), "step_s": self.times[m].seconds}
+                for m in METHODS
+            },
+            "phantom_over_tp": {what: self.ratio(what) for what in ("weights", "flops", "sent_bytes")}
+            | {"step": self.time_ratio},
+        }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What stays the same while p and R vary.
+
+    Attributes:
+        layers: the linears to swap, as `Plan.cost_layers` gives them.
+        phantom_width: k, an int or a fraction.
+        tokens: rows of the activations of one step.
+        dtype: their type.
+        machine: what a rank can do.
+    """
+
+    layers: tuple[Layer, ...]
+    phantom_width: int | float
+    tokens: int
+    dtype: str
+    machine: Machine
+
+    def scale(self, num_blocks: int, num_ranks: int) -> Scale:
+        """Count and predict a step at this p on this many ranks.
+
+        Raises:
+            PhantomError: the sizes do not fit each other.
+        """
+        layers = [replace(layer, phantom_width=self.width(layer, num_blocks)) for layer in self.layers]
+        arguments = (num_blocks, self.phantom_width, num_ranks, self.tokens)
+        estimate = estimate_cost(layers, *arguments, self.dtype)
+        dense = estimate_cost(layers, num_blocks, self.phantom_width, 1, self.tokens, self.dtype).tensor_parallel
+        costs = {"dense": dense} | {method: getattr(estimate, method) for method in METHODS[1:]}
+        widths = tuple(sorted({layer.phantom_width or 0 for layer in layers}))
+        times = predict(layers, *arguments, self.machine, self.dtype)
+        return Scale(num_blocks, widths, num_ranks, self.tokens, self.dtype, costs, times)
+
+    def width(self, layer: Layer, num_blocks: int) -> int:
+        """A layer's k at this p."""
+        # Where a block is no feature wide there is no k; the cost model refuses such sizes with its own words.
+        sizes = (layer.in_features, layer.out_features)
+        return max(1, resolve_phantom_width(self.phantom_width, *sizes, num_blocks))
+
+    def sweep(self, num_ranks: int | None = None) -> list[Scale]:
+        """`scale` at every p that is a power of two or divides the widest layer, up to where phantom stops paying.
+
+        On p ranks, one block each; with `num_ranks`, at the p that it divides, on that many.
+        """
+        widest = max(layer.in_features for layer in self.layers)
+        rows: list[Scale] = []
+        for p in range(2, min(MOST_BLOCKS, widest) + 1):
+            if (widest % p and p & (p - 1)) or (num_ranks is not None and p % num_ranks):
+                continue
+            try:
+                rows.append(self.scale(p, p if num_ranks is None else num_ranks))
+            except PhantomError:  # p does not divide every layer
+                continue
+            if stops_paying(rows):
+                break
+        return rows
+
+
+def best(rows: Sequence[Scale]) -> Scale:
+    """The row with the shortest predicted step of phantom."""
+    return min(rows, key=lambda row: row.times["phantom"].seconds)
+
+
+def stops_paying(rows: Sequence[Scale]) -> Scale | None:
+    """The first row at which phantom has as much work, or sends as many bytes, as tensor parallelism."""
+    return next((row for row in rows if max(row.ratio("flops") or 0, row.ratio("sent_bytes") or 0) >= 1), None)

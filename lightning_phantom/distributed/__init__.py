@@ -1,0 +1,1 @@
+"""The ranks: groups, collectives, gradients, replicas. Knows no layer and no Lightning."""

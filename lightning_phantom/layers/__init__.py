@@ -1,0 +1,1 @@
+"""The algebra: `phantom`, `tensor_parallel`, and `split`, the protocol that both follow."""

@@ -1,0 +1,1 @@
+"""Learns a machine's numbers by running on it."""

@@ -1,0 +1,163 @@
+"""Measures the five numbers of a `Machine`, with as many processes busy at once as there will be ranks on this host.
+
+The products' three come from a few small layers, dense and phantom, forward and backward, fitted by least squares on
+relative errors; the link's two from collectives of several sizes between the ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
+
+from lightning_phantom.cost.count import ELEMENT_BYTES, Group, Layer
+from lightning_phantom.cost.predict import Machine, Work, exact_stages, phantom_stages
+from lightning_phantom.distributed.comm import Ranks
+from lightning_phantom.errors import PhantomError
+from lightning_phantom.layers.phantom import PhantomLinear
+
+# features, blocks (1: dense), phantom width, tokens
+CALIBRATION = (
+    *((256, 1, 0, 64), (1024, 1, 0, 256), (1536, 1, 0, 64), (384, 1, 0, 1024)),
+    *((512, 4, 8, 64), (1024, 2, 64, 256), (1024, 8, 16, 512), (2048, 4, 32, 128), (2048, 2, 32, 256)),
+)
+MESSAGES = (1, 2**12, 2**15, 2**18, 2**20)  # elements that each rank gives to an all-gather
+REPEATS = 7
+
+
+def measure_here(num_ranks: int, dtype: str = "float32", timeout_s: float = 120.0) -> Machine:
+    """Measure with `num_ranks` gloo processes of this host, at most one a core, which are started for it.
+
+    Returns:
+        What the slowest of them found. With one rank the link's numbers are infinite and zero: nothing is sent.
+
+    Raises:
+        PhantomError: a process died, or gave no answer in time.
+    """
+    processes = max(1, min(num_ranks, os.cpu_count() or 1))
+    with tempfile.TemporaryDirectory() as folder:
+        queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
+        arguments = (processes, f"file://{folder}/store", dtype, queue)
+        started = start_processes(_measure_rank, arguments, processes, join=False, start_method="spawn")
+        assert started is not None
+        deadline = time.monotonic() + timeout_s
+        try:
+            while not started.join(timeout=1):
+                if time.monotonic() > deadline:
+                    raise PhantomError(
+                        f"measuring this machine took more than {timeout_s:.0f} s; give --flops, "
+                        f"--bandwidth and --latency instead."
+                    )
+        except ProcessRaisedException as error:
+            raise PhantomError(f"measuring this machine failed: {error}") from error
+        finally:
+            for process in started.processes:
+                process.kill()
+        return queue.get()
+
+
+def _measure_rank(rank: int, processes: int, store: str, dtype: str, queue: Any) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    dist.init_process_group("gloo", store, rank=rank, world_size=processes, timeout=timedelta(seconds=60))
+    world = dist.group.WORLD
+    assert world is not None
+    machine = measure(world, dtype)
+    if rank == 0:
+        queue.put(machine)
+    dist.destroy_process_group()
+
+
+def measure(group: dist.ProcessGroup, dtype: str = "float32", device: torch.device | str = "cpu") -> Machine:
+    """Measure on all ranks of `group` at once, with this process's threads; collective. The slowest rank's numbers."""
+    ranks = Ranks(group)
+    kind = {"dtype": getattr(torch, dtype), "device": torch.device(device)}
+    work, seconds = zip(*(_timed_layer(*sizes, kind, group) for sizes in CALIBRATION), strict=True)
+    size = ELEMENT_BYTES[dtype]
+    per_flop, per_byte, per_op = nonnegative_fit([(w.flops, w.elements * size, w.ops) for w in work], seconds)
+    per_sent, per_call = 0.0, 0.0
+    if ranks.size > 1:
+        sent, waits = zip(*(_timed_collectives(count, ranks, kind) for count in MESSAGES), strict=True)
+        per_sent, per_call = nonnegative_fit([(s, 1.0) for s in sent], waits)
+    slowest = ranks.all_reduce(
+        torch.tensor([per_flop, per_byte, per_op, per_sent, per_call], dtype=torch.float64), "max"
+    )
+    per_flop, per_byte, per_op, per_sent, per_call = slowest.tolist()
+    return Machine(_rate(per_flop), _rate(per_byte), per_op, _rate(per_sent), per_call)
+
+
+def _rate(seconds: float) -> float:
+    return 1 / seconds if seconds > 0 else float("inf")
+
+
+def _timed_layer(features: int, p: int, k: int, tokens: int, kind: Any, group: dist.ProcessGroup) -> tuple[Work, float]:
+    n, alone = features, Group(1, tokens, 0)
+    if p == 1:
+        layer: nn.Module = nn.Linear(n, n, **kind)
+        stages = exact_stages(Layer(n, n), ("sharded", "sharded", False), False, alone)
+    else:
+        layer = PhantomLinear(n, n, p, k, **kind)
+        stages = phantom_stages(Layer(n, n), p, k, alone)
+    x, grad = torch.randn(tokens, n, **kind).requires_grad_(), torch.randn(tokens, n, **kind)
+
+    def step() -> None:
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+        layer(x).backward(grad)
+
+    return sum((stage.work for stage in stages), Work()), median_seconds(step, x, group)
+
+
+def _timed_collectives(elements: int, ranks: Ranks, kind: Any) -> tuple[int, float]:
+    """Bytes sent and seconds of an all-gather and the reduce-scatter back, half of both."""
+    shard = torch.randn(elements, 1, **kind)
+    seconds = median_seconds(lambda: ranks.reduce_scatter(ranks.all_gather(shard)())(), shard, ranks.group)
+    return (ranks.size - 1) * elements * shard.element_size(), seconds / 2
+
+
+def median_seconds(
+    step: Callable[[], object], on: Tensor, group: dist.ProcessGroup | None, repeats: int = REPEATS
+) -> float:
+    """Median time of `step`, which every rank of the group begins together."""
+    seconds = []
+    for _ in range(2 + repeats):
+        if group is not None and dist.get_world_size(group) > 1:
+            dist.barrier(group)
+        synchronize(on)
+        start = time.perf_counter()
+        step()
+        synchronize(on)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:])
+
+
+def synchronize(tensor: Tensor) -> None:
+    """Wait until the tensor's device has done what it was given."""
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize(tensor.device)
+
+
+def nonnegative_fit(features: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+    """The coefficients c >= 0 for which `features @ c` comes nearest to `seconds`, relative to each of them."""
+    relative = torch.tensor(features, dtype=torch.float64) / torch.tensor(seconds, dtype=torch.float64)[:, None]
+    target = torch.ones(len(seconds), 1, dtype=torch.float64)
+    scale = relative.amax(0).clamp(min=1e-30)
+    best, best_error = torch.zeros(relative.shape[1], dtype=torch.float64), float("inf")
+    for size in range(1, relative.shape[1] + 1):
+        for chosen in map(list, itertools.combinations(range(relative.shape[1]), size)):
+            matrix = (relative / scale)[:, chosen]
+            solution = torch.linalg.lstsq(matrix, target).solution
+            error = float((matrix @ solution - target).norm())
+            if bool((solution >= 0).all()) and error < best_error:
+                best, best_error = torch.zeros_like(best), error
+                best[chosen] = solution[:, 0] / scale[chosen]
+    return best.tolist()

@@ -1,0 +1,1 @@
+"""Lightning: `phantom`, `tensor_parallel`, and what they share."""

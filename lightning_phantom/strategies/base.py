@@ -1,0 +1,294 @@
+"""The strategy that phantom and tensor parallelism share: all but the layers that each of them makes."""
+
+from __future__ import annotations
+
+import os
+import random
+from abc import abstractmethod
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
+from torch import nn
+
+from lightning_phantom.config import is_int
+from lightning_phantom.distributed.comm import broadcast
+from lightning_phantom.distributed.gradients import agree_on_inf
+from lightning_phantom.distributed.mesh import Sizes, make_mesh
+from lightning_phantom.distributed.replicas import ReplicaCheck
+from lightning_phantom.errors import PhantomError, PlanError
+from lightning_phantom.layers.dense import is_linear
+from lightning_phantom.layers.split import SplitLinear, sharded_parameters, split_layers
+from lightning_phantom.plan.record import Plan
+from lightning_phantom.strategies.checks import check_optimizers, check_trainer, check_update_rules
+from lightning_phantom.strategies.launch import PhantomLauncher
+from lightning_phantom.strategies.materialise import count_replicas_once, give_back_groups, materialise
+from lightning_phantom.strategies.running import RunningStrategy
+from lightning_phantom.swap import carry_out, nothing_qualifies
+
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+
+
+class SplitStrategy(RunningStrategy):
+    """Trains an unchanged LightningModule whose feed-forward linears are split over ranks.
+
+    Each group of R ranks holds one replica of the model: the layers that a plan names split between them, the rest
+    whole. With D > 1 replicas, gradients are averaged by DistributedDataParallel. R * D is the number of ranks.
+
+    Args:
+        size_name: what a user calls R.
+        size: R, or `"auto"`.
+        data_parallel_size: D, or `"auto"`.
+        state_dict_type: `"full"` or `"sharded"`.
+        weights_only: for `torch.load`.
+        check_replicas: whether to compare what ranks must share.
+        timeout: how long a collective waits.
+        checkpoint_io: what reads and writes files.
+        kwargs: for DDPStrategy.
+
+    Attributes:
+        plan: what happened to each linear; None before the first run.
+    """
+
+    strategy_name: str
+
+    def __init__(
+        self,
+        size_name: str,
+        size: int | Literal["auto"],
+        data_parallel_size: int | Literal["auto"],
+        state_dict_type: str,
+        weights_only: bool | None,
+        check_replicas: Literal["auto"] | bool,
+        timeout: timedelta,
+        checkpoint_io: Any,
+        **kwargs: Any,
+    ) -> None:
+        for refused, why in (
+            ("start_method", "ranks must be started as processes of their own ('popen' or torchrun)"),
+            ("ddp_comm_state", "post-local SGD averages whole models"),
+            ("model_averaging_period", "model averaging averages whole models"),
+        ):
+            if kwargs.pop(refused, None) not in (None, "popen"):
+                raise PhantomError(f"{type(self).__name__} does not take {refused}: {why}; leave it out.")
+        for name, value in ((size_name, size), ("data_parallel_size", data_parallel_size)):
+            if value != "auto" and (not is_int(value) or int(value) < 1):
+                raise PhantomError(f"{name}={value!r}: needs an int of at least 1, or 'auto'.")
+        if not isinstance(timeout, timedelta) or timeout <= timedelta(0):
+            raise PhantomError(f"timeout={timeout!r}: needs a positive datetime.timedelta.")
+        if state_dict_type not in ("full", "sharded"):
+            raise PhantomError(f"state_dict_type={state_dict_type!r}: choose 'full' or 'sharded'.")
+        if check_replicas not in ("auto", True, False):
+            raise PhantomError(f"check_replicas={check_replicas!r}: choose 'auto', True or False.")
+        super().__init__(bool(check_replicas), state_dict_type, weights_only, checkpoint_io, timeout=timeout, **kwargs)
+        self._size = size
+        self._data_parallel_size = data_parallel_size
+        self._seed: int | None = None
+        self.plan: Plan | None = None
+        self._planned: L.LightningModule | None = None
+
+    # What the two strategies differ in
+
+    @abstractmethod
+    def _settle_sizes(self) -> Sizes:
+        """R and D for the devices there are."""
+
+    @property
+    @abstractmethod
+    def config(self) -> Any:
+        """What is asked for, with the sizes and the seed settled."""
+
+    @abstractmethod
+    def _plan(self, module: nn.Module, config: Any) -> Plan:
+        """What happens to each linear of a module."""
+
+    @abstractmethod
+    def _check_layer(self, name: str, layer: SplitLinear, config: Any) -> None:
+        """Raise PhantomError if a layer that is split already is none that this strategy would make."""
+
+    # Start of a run
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        """For `Trainer.init_module`, which always fills weights here: phantom layers start from what is in them."""
+        with super().tensor_init_context(False):
+            yield
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        self._launcher = PhantomLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    def setup_environment(self) -> None:
+        """Find the other ranks, agree on a seed, and swap the layers that exist: callbacks may copy the model next."""
+        super().setup_environment()
+        self._mesh = make_mesh(self._settle_sizes(), self._timeout)
+        self._agree_on_seed()
+        module = self.lightning_module
+        assert module is not None
+        config = self.config
+        if is_overridden("configure_model", module) and config.plan is not None:
+            names = [name for name, _ in module.named_modules()]
+            present = {g: w for g, w in config.plan.items() if any(fnmatchcase(name, g) for name in names)}
+            if not present:
+                return
+            config = replace(config, plan=present)
+        self._swap(config)
+
+    def setup(self, trainer: L.Trainer) -> None:
+        """Swap what `configure_model` made, move and align the model, wrap it for D > 1, make the optimizers."""
+        assert self.accelerator is not None and self.model is not None and self.lightning_module is not None
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        self.accelerator.setup(trainer)
+        early = split_layers(self.lightning_module)
+        self._swap(self.config)
+        swapped_late = split_layers(self.lightning_module) != early
+        check_trainer(trainer, self.mesh.phantom.size, swapped_late)
+        if not split_layers(self.lightning_module):
+            raise nothing_qualifies(self.lightning_module, self._plan(self.lightning_module, self.config))
+        materialise(self.lightning_module, self.root_device)
+        if fitting and self._layer_sync and self.data_parallel_size > 1:
+            self.model = self._layer_sync.apply(self.model)
+        layers = split_layers(self.lightning_module)
+        self.model = self.precision_plugin.convert_module(self.model)
+        if split_layers(self.lightning_module) != layers:
+            raise PhantomError(
+                f"{type(self.precision_plugin).__name__} has put layers of its own where the {self.layer_kind} layers "
+                f"were; it replaces linear layers, which {self.layer_kind} layers are not in its sense. Use a plain "
+                f"precision."
+            )
+        self.model_to_device()
+        self._align_replicated()
+        count_replicas_once(self.lightning_module, self.mesh.data_parallel)
+        if fitting:
+            if self.data_parallel_size > 1:
+                self.configure_ddp()
+                # Replicas draw different dropout masks; the ranks within one draw the same numbers.
+                torch.manual_seed(torch.initial_seed() + self.mesh.data_parallel.rank)
+            self.optimizers, self.lr_scheduler_configs = [], []
+            self.setup_optimizers(trainer)
+            check_optimizers(self.optimizers, self.lightning_module)
+            check_update_rules(self.optimizers, self.mesh.phantom.size)
+        self._sharded = sharded_parameters(self.lightning_module)
+        self._check = ReplicaCheck(self.mesh.phantom) if self._check_replicas else None
+        self.setup_precision_plugin()
+        # Instance attributes, removed in teardown: the plugin is the user's and knows nothing of shards.
+        self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        if scaler is not None:
+            agree_on_inf(scaler, self.mesh.phantom)
+        if fitting:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+    def teardown(self) -> None:
+        """Give the precision plugin back as it was, and end the run."""
+        vars(self.precision_plugin).pop("clip_grad_by_norm", None)
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        if scaler is not None:
+            vars(scaler).pop("_unscale_grads_", None)
+        module = self._lightning_module
+        if module is not None and self._mesh is not None:
+            give_back_groups(module, self.mesh.data_parallel)
+        if module is not None and any(p.is_meta for p in module.parameters()):
+            self._lightning_module = None  # a run that failed early: moving meta tensors would raise over its error
+        try:
+            super().teardown()
+        finally:
+            self._lightning_module = module
+
+    def _agree_on_seed(self) -> None:
+        """Start every rank from one seed when the user set none: replicated dropout must fall alike."""
+        if self._seed is None:
+            chosen = os.environ.get("PL_GLOBAL_SEED")
+            self._seed = seed = self.broadcast(torch.initial_seed() % 2**32 if chosen is None else int(chosen))
+            if chosen is None:
+                torch.manual_seed(seed)
+                random.seed(seed)
+                np.random.seed(seed)
+
+    def _swap(self, config: Any) -> None:
+        """Swap what qualifies and is not swapped yet, and show the plan on rank 0."""
+        module = self.lightning_module
+        assert module is not None
+        for name, layer in split_layers(module).items():
+            self._check_layer(name, layer, config)
+        if module is not self._planned:
+            self._planned, self.plan = module, None
+        linears = {name for name, m in module.named_modules() if is_linear(m)}
+        if self.plan is not None and self.plan.config == config:
+            if linears == {layer.name for layer in self.plan.layers}:
+                return
+        plan = self._plan(module, config)
+        if not plan.swapped:
+            self.plan = self.plan or plan
+            return
+        digests: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(digests, str(plan))
+        if len(set(digests)) > 1:
+            raise PlanError("the ranks built different modules, so their plans differ; build the same one on each.")
+        _show(plan)
+        carry_out(module, plan, self.mesh.phantom.process_group, dist.group.WORLD)
+        _show_shares(plan, module, self.mesh.phantom.size)
+        self.plan = plan if self.plan is None else _joined(self.plan, plan)
+
+    @torch.no_grad()
+    def _align_replicated(self) -> None:
+        """Give every rank global rank 0's replicated parameters and buffers; shards are each rank's own."""
+        assert self.lightning_module is not None
+        sharded = sharded_parameters(self.lightning_module)
+        for tensor in (*self.lightning_module.parameters(), *self.lightning_module.buffers()):
+            if id(tensor) not in sharded:
+                tensor.copy_(broadcast(tensor, dist.group.WORLD))
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Make the strategy known by name."""
+        if cls.strategy_name not in strategy_registry:
+            strategy_registry.register(cls.strategy_name, cls, description=(cls.__doc__ or "").splitlines()[0])
+
+
+def _joined(first: Plan, second: Plan) -> Plan:
+    """One plan for layers swapped in two passes."""
+    later = {layer.name: layer for layer in second.layers}
+    kept = {layer.name: layer for layer in first.swapped}
+    return replace(
+        second,
+        layers=tuple(kept.get(name, layer) for name, layer in later.items()),
+        chains=first.chains + second.chains,
+    )
+
+
+@rank_zero_only
+def _show(plan: Plan) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if console.is_terminal:
+        console.print(plan)
+    else:
+        print(plan, flush=True)
+    for layer in plan.swapped:
+        if "warning: " in layer.reason:
+            rank_zero_warn(f"{layer.name!r}: {layer.reason.partition('warning: ')[2]}.")
+
+
+@rank_zero_only
+def _show_shares(plan: Plan, module: nn.Module, ranks: int) -> None:
+    if ranks > 1:
+        whole = sum(layer.weights_after for layer in plan.swapped)
+        held = sum(p.numel() for layer in plan.swapped for p in module.get_submodule(layer.name).parameters())
+        print(
+            f"Each of {ranks} ranks holds {held:,} of the {whole:,} weights of the swapped layers; "
+            f"Lightning's model summary counts one rank's.",
+            flush=True,
+        )

@@ -1,0 +1,116 @@
+"""Before a run: refuses what would go wrong without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelPruning, ThroughputMonitor
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_phantom.errors import PhantomError
+from lightning_phantom.layers.phantom import PhantomLinear
+from lightning_phantom.layers.split import split_layers
+
+
+def check_trainer(trainer: L.Trainer, ranks: int, swapped_late: bool) -> None:
+    """Look for callbacks and loggers that do not go with phantom layers.
+
+    Args:
+        trainer: the trainer of the run.
+        ranks: how many hold each layer between them.
+        swapped_late: whether layers were swapped after the callbacks' setup hooks.
+
+    Raises:
+        PhantomError: naming the one that would give wrong weights, or wait for ranks that never come.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelPruning):
+            raise PhantomError(
+                "ModelPruning would prune each rank's share of a layer as if it were the whole weight. Leave it out, "
+                "and prune the dense module after training (densify)."
+            )
+        if swapped_late and getattr(callback, "_average_model", None) is not None:
+            raise PhantomError(
+                f"{type(callback).__name__} copied the model before the layers that configure_model makes were "
+                f"swapped. Make them in __init__, or leave the callback out."
+            )
+        if isinstance(callback, ThroughputMonitor) and ranks > 1:
+            rank_zero_warn(
+                f"ThroughputMonitor multiplies by trainer.world_size, but the {ranks} ranks of one replica share "
+                f"their batches: divide its global samples, batches and items per second by {ranks}. What it logs "
+                f"under 'device' is right."
+            )
+    for logger in trainer.loggers:
+        if ranks > 1 and getattr(logger, "_log_graph", False):
+            raise PhantomError(
+                f"{type(logger).__name__}(log_graph=True) runs the model on rank 0 only, which would wait for the "
+                f"other {ranks - 1} ranks of its replica; leave log_graph out."
+            )
+
+
+def check_update_rules(optimizers: Sequence[Optimizer], ranks: int) -> None:
+    """Look for optimizers whose rule is not elementwise, where `ranks` ranks hold a share of each layer.
+
+    Raises:
+        PhantomError: a rule draws on all parameters at once, so the ranks' replicated parameters would drift apart.
+    """
+    if ranks == 1:
+        return
+    if names := over_all_parameters(optimizers):
+        raise PhantomError(
+            f"{', '.join(names)}: this optimizer decides by sums over all its parameters, of which each of the {ranks} "
+            f"ranks of a replica holds others, so the ranks would take different steps. Use one rank per replica "
+            f"(data_parallel_size=number of ranks), or an elementwise optimizer such as AdamW or SGD."
+        )
+    if names := not_elementwise(optimizers):
+        rank_zero_warn(
+            f"{', '.join(names)}: the rule of this optimizer is not elementwise, so it treats each rank's share of a "
+            f"split layer as a tensor of its own, and training depends on the number of ranks. AdamW and SGD are "
+            f"exact."
+        )
+
+
+# Their step looks at whole tensors, norms or curvature, of which a shard knows only its part.
+_NOT_ELEMENTWISE = {"Muon", "Adafactor", "LAMB", "Lamb", "LARS", "Shampoo", "SOAP"}
+# Their step size comes from sums over every parameter they hold.
+_OVER_ALL = {"LBFGS", "Prodigy", "DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan", "DAdaptLion", "DAdaptSGD"}
+
+
+def not_elementwise(optimizers: Iterable[Optimizer]) -> list[str]:
+    """The names of the optimizers that train shards otherwise than they would the whole tensors."""
+    return _named(optimizers, _NOT_ELEMENTWISE)
+
+
+def over_all_parameters(optimizers: Iterable[Optimizer]) -> list[str]:
+    """The names of the optimizers that take one decision for all their parameters."""
+    return _named(optimizers, _OVER_ALL)
+
+
+def _named(optimizers: Iterable[Optimizer], names: set[str]) -> list[str]:
+    return [type(o).__name__ for o in optimizers if {c.__name__ for c in type(o).__mro__} & names]
+
+
+def check_optimizers(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
+    """Raise PhantomError where an optimizer holds parameters from before the swap, or only a part of a phantom layer's.
+
+    Both train silently: the old parameters go nowhere, the missing factors stay as they are.
+    """
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    stale = len(held - {id(p) for p in module.parameters()})
+    if stale:
+        raise PhantomError(
+            f"the optimizer holds {stale} parameters that are no longer in the model: they were collected before the "
+            f"layers were swapped. Collect them inside configure_optimizers, from self.parameters()."
+        )
+    phantom = {name: layer for name, layer in split_layers(module).items() if isinstance(layer, PhantomLinear)}
+    for name, layer in phantom.items():
+        trainable = {key: id(p) for key, p in layer.named_parameters(recurse=False) if p.requires_grad}
+        missing = [key for key, identity in trainable.items() if identity not in held]
+        if missing and len(missing) < len(trainable):
+            raise PhantomError(
+                f"the optimizer holds only a part of {name!r}: {', '.join(missing)} would never be trained. "
+                f"A phantom layer's parameters are {', '.join(trainable)}; pass all, or freeze those you leave out."
+            )

@@ -1,0 +1,129 @@
+"""PhantomStrategy: trains an unchanged LightningModule with its feed-forward layers in phantom-parallel layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lightning_phantom.config import PhantomConfig
+from lightning_phantom.distributed.mesh import Sizes, resolve_sizes
+from lightning_phantom.errors import PhantomError
+from lightning_phantom.layers.phantom import PhantomLinear
+from lightning_phantom.layers.split import SplitLinear
+from lightning_phantom.plan.finder import plan_phantom
+from lightning_phantom.plan.record import Plan
+from lightning_phantom.strategies.base import DEFAULT_TIMEOUT, SplitStrategy
+
+
+class PhantomStrategy(SplitStrategy):
+    """Phantom parallelism for the feed-forward layers of any LightningModule; also `Trainer(strategy="phantom")`.
+
+    Each group of R ranks holds one replica of the model: its feed-forward linears in phantom layout, the rest whole.
+    With D > 1 replicas, gradients are averaged by DistributedDataParallel. R * D is the number of ranks.
+
+    Args:
+        phantom_width: k, the features each block sends to the others: an `int`, or a fraction of the block width.
+        num_blocks: p, a multiple of R. It belongs to the model: any R that divides it trains the same function.
+            None takes R.
+        phantom_parallel_size: R. With both sizes `"auto"`: the devices of a node (or what they have in common with
+            num_blocks).
+        data_parallel_size: D. `"auto"`: the ranks that are left.
+        plan: `{"glob of module name": word}`, see `PhantomConfig`; None finds the feed-forward chains.
+        init: how the layers start, see `PhantomConfig`.
+        state_dict_type: how checkpoints are saved: `"full"`, one file with dense weights that any strategy can load, or
+            `"sharded"`, a directory to which every rank writes its share. Either kind is loaded.
+        weights_only: passed to `torch.load` when a checkpoint is resumed (`Trainer.fit(weights_only=...)` does not
+            reach a strategy that restores after setup).
+        check_replicas: compare what the ranks of a phantom group must share: the first batches of each kind, and the
+            replicated parameters then and every 1000 steps. `"auto"` and True check, False does not.
+        timeout: how long a collective waits for a rank before it gives up; at least a minute on busy machines.
+        process_group_backend: `"nccl"`, `"gloo"`; None chooses by device.
+        accelerator: set by the Trainer, like the other arguments below.
+        parallel_devices: set by the Trainer.
+        cluster_environment: set by the Trainer.
+        checkpoint_io: set by the Trainer.
+        precision_plugin: set by the Trainer.
+        ddp_kwargs: for DistributedDataParallel, when D > 1.
+
+    Raises:
+        PhantomError: an argument is impossible, here or, where it needs the number of ranks, at the start of a run.
+
+    Example:
+        >>> trainer = L.Trainer(strategy=PhantomStrategy(num_blocks=4), accelerator="cpu", devices=1)
+    """
+
+    strategy_name = layer_kind = "phantom"
+
+    def __init__(
+        self,
+        phantom_width: int | float = 0.25,
+        num_blocks: int | None = None,
+        phantom_parallel_size: int | Literal["auto"] = "auto",
+        data_parallel_size: int | Literal["auto"] = "auto",
+        plan: dict[str, str] | None = None,
+        init: str = "auto",
+        state_dict_type: Literal["full", "sharded"] = "full",
+        weights_only: bool | None = None,
+        check_replicas: Literal["auto"] | bool = "auto",
+        process_group_backend: str | None = None,
+        timeout: timedelta = DEFAULT_TIMEOUT,
+        accelerator: Any = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: Any = None,
+        checkpoint_io: Any = None,
+        precision_plugin: Any = None,
+        **ddp_kwargs: Any,
+    ) -> None:
+        # With the number of blocks still open the rest is checked all the same.
+        self._request = PhantomConfig(2 if num_blocks is None else num_blocks, phantom_width, plan, init)
+        super().__init__(
+            "phantom_parallel_size",
+            phantom_parallel_size,
+            data_parallel_size,
+            state_dict_type,
+            weights_only,
+            check_replicas,
+            timeout,
+            checkpoint_io,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            **ddp_kwargs,
+        )
+        self._num_blocks = num_blocks
+        self._sizes: Sizes | None = None
+
+    @property
+    def config(self) -> PhantomConfig:
+        """What is asked for, with the number of blocks and the seed settled."""
+        assert self._sizes is not None and self._seed is not None
+        return replace(self._request, num_blocks=self._sizes.num_blocks, seed=self._seed)
+
+    @property
+    def phantom_parallel_size(self) -> int:
+        """R: how many ranks hold a replica of the model between them."""
+        return self.mesh.phantom.size
+
+    def _settle_sizes(self) -> Sizes:
+        self._sizes = resolve_sizes(
+            self._size, self._data_parallel_size, self._num_blocks, self.num_processes, self.num_nodes
+        )
+        return self._sizes
+
+    def _plan(self, module: nn.Module, config: PhantomConfig) -> Plan:
+        return plan_phantom(module, config)
+
+    def _check_layer(self, name: str, layer: SplitLinear, config: PhantomConfig) -> None:
+        if not isinstance(layer, PhantomLinear):
+            raise PhantomError(f"{name!r} is a tensor-parallel layer already. Use densify(module).")
+        if (layer.num_blocks, layer.ranks.size) != (config.num_blocks, self.mesh.phantom.size):
+            raise PhantomError(
+                f"{name!r} is a phantom layer of {layer.num_blocks} blocks on {layer.ranks.size} ranks already; "
+                f"this strategy asks for {config.num_blocks} on {self.mesh.phantom.size}. Use densify(module)."
+            )

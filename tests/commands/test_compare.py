@@ -1,0 +1,233 @@
+"""The compare command: runs on real ranks, what it makes of them, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from background import program
+from torch import nn
+
+from lightning_phantom.commands.cli import main
+from lightning_phantom.commands.compare.command import torch_plan
+from lightning_phantom.commands.compare.options import parse
+from lightning_phantom.commands.compare.report import summarise
+from lightning_phantom.commands.compare.trial import Memory
+from lightning_phantom.cost.count import estimate_cost
+from lightning_phantom.errors import PhantomError
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+seed_everything: 3
+trainer:
+  accelerator: cpu
+  strategy:
+    class_path: lightning_phantom.PhantomStrategy
+    init_args: {phantom_width: 4}
+model:
+  class_path: benchmarks.ffn.FeedForward
+  init_args: {width: 32, depth: 4}
+data:
+  class_path: benchmarks.ffn.RandomVectors
+  init_args: {width: 32, samples: 16, batches: 2}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    return str(tmp_path / "run.yaml")
+
+
+def two_ranks(folder):
+    (folder / "run.yaml").write_text(CONFIG)
+    command = ["-m", "lightning_phantom", "compare", "--config", folder / "run.yaml", "--ranks", 2]
+    options = ["--rounds", 2, "--steps", 3, "--warmup", 2, "--train-steps", 6, "--validate-every", 2]
+    outputs = ["--json", folder / "c.json", "--plot", folder / "c.png"]
+    own = ["--set", "phantom.model.lr=0.2", "--model.lr=0.05", "--tokens-per-sample", 7]
+    out = program(*command, *options, *outputs, *own)
+    return out, json.loads((folder / "c.json").read_text()), (folder / "c.png").read_bytes()
+
+
+@pytest.mark.background.with_args(two_ranks)
+def test_compare_on_two_ranks(outcome):
+    """Every method in the same two processes: the exact ones agree, and traffic is what the cost model counts."""
+    out, result, picture = outcome
+    methods = result["methods"]
+    assert list(methods) == ["dense", "megatron", "layerwise", "torch", "phantom"]
+    assert [(r["method"], r["round"]) for r in result["runs"]] == [(m, n) for n in (0, 1) for m in methods]  # in turn
+    for method, figures in methods.items():
+        assert [loss[0] for loss in figures["losses"]] == [2, 4, 6]
+        assert len(figures["step_s"]["rounds"]) == 2
+        assert figures["tokens_per_s"] == pytest.approx(7 * figures["samples_per_s"])
+        assert figures["samples_per_s"] * figures["step_s"]["median"] == pytest.approx(16)
+        assert f"{figures['val_loss']:.4f}" in out, method
+    for method in ("megatron", "layerwise", "torch"):
+        for mine, dense in zip(methods[method]["losses"], methods["dense"]["losses"], strict=True):
+            assert mine[2] == pytest.approx(dense[2], rel=2e-6)  # another order of batches: 1.5e-5
+    assert methods["phantom"]["losses"] != methods["dense"]["losses"]
+    # The data need no gradient: the cost model's, without the entry's.
+    expected = estimate_cost([(32, 32)] * 4, 2, 4, 2, 16, entry_needs_grad=False)
+    for method, cost in (
+        ("megatron", expected.tensor_parallel),
+        ("layerwise", expected.tensor_parallel_layerwise),
+        ("phantom", expected.phantom),
+    ):
+        assert (methods[method]["sent_bytes"], methods[method]["calls"]) == (cost.sent_bytes, cost.calls), method
+        assert methods[method]["weights"] == cost.weights
+        assert methods[method]["waited_s"] > 0
+    assert methods["torch"]["weights"] == expected.tensor_parallel.weights
+    assert (methods["dense"]["weights"], methods["dense"]["calls"]) == (4 * (32 * 32 + 32), 0)
+    assert result["ratios"][result["fastest_tp"]]["step"]["median"] == 1
+    assert result["environment"]["ranks"] == 2
+    assert not any("learning rate" in warning for warning in result["warnings"])  # phantom was given its own
+    assert picture.startswith(b"\x89PNG")
+
+
+def alone(monkeypatch):
+    """This process as a job of one rank; port 0 takes one that is free."""
+    given = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**given, "GROUP_RANK": "0", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "test"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_compare_under_an_outside_launcher_with_target_and_control(config, tmp_path, monkeypatch, capsys):
+    alone(monkeypatch)
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "small.yaml").write_text(CONFIG.replace("depth: 4", "depth: 1"))
+    arguments = ["--methods", "megatron,phantom", "--control", str(tmp_path / "small.yaml"), "--num-blocks", "4"]
+    lengths = ["--rounds", "1", "--steps", "2", "--warmup", "2", "--train-steps", "4", "--validate-every", "1"]
+    main(
+        [
+            "compare",
+            "--config",
+            config,
+            *arguments,
+            *lengths,
+            "--target-loss",
+            "100",
+            "--json",
+            str(tmp_path / "c.json"),
+        ]
+    )
+    result = json.loads((tmp_path / "c.json").read_text())
+    assert list(result["methods"]) == ["megatron", "phantom", "control"]
+    assert result["methods"]["control"]["weights"] == 32 * 32 + 32
+    for method in result["methods"].values():
+        assert method["to_target"]["steps"] == 1 and method["to_target"]["seconds"] > 0
+        assert method["to_target"]["energy_flag"] is not None
+    out = capsys.readouterr().out
+    if {m["to_target"]["energy_flag"] for m in result["methods"].values()} == {"modelled"}:
+        assert result["ratios"]["phantom"]["energy_to_target"] is None
+        assert "Joules here are modelled, so no ratio of energies is given" in out
+    assert "The learning rate was not tuned per method" in out
+    assert "--control" not in out
+    assert not torch.distributed.is_initialized()
+
+
+def test_memory_is_the_peak_of_what_came_after():
+    held = torch.ones(30_000_000)  # 120 MB that were there before
+    memory = Memory(torch.device("cpu"))
+    if memory.peak_bytes() is None:
+        pytest.skip("the system does not say")
+    assert memory.peak_bytes() < 20e6
+    torch.ones(25_000_000)
+    assert 95e6 <= memory.peak_bytes() < 130e6  # although it is gone
+    again = Memory(torch.device("cpu"))
+    assert again.peak_bytes() < 20e6
+    del held
+
+
+def measured(step_s=1.0, **changes):
+    figures = {"weights": 10, "steps_s": [step_s] * 3, "samples": 4, "sent_bytes": 8.0, "calls": 2.0, "waited_s": 0.1}
+    return {**figures, "peak_bytes": 100, "losses": [(1, 1.0, 0.9), (2, 2.0, 0.5)], "energy": None, **changes}
+
+
+def summary(config, runs, *arguments, **where):
+    environment = {"ranks": 2, "hosts": 1, "threads_per_rank": 1, "cores": 2, **where}
+    return summarise(parse(["--config", config, *arguments]), environment, runs, {})
+
+
+def runs_of(**rounds):
+    """Runs from `method=[step seconds of each round]`; two ranks, of which the second is the slower."""
+    return [
+        {"method": method, "round": n, "ranks": [measured(0.9 * s), measured(s)]}
+        for method, seconds in rounds.items()
+        for n, s in enumerate(seconds)
+    ]
+
+
+def test_ratios_are_over_the_fastest_tensor_parallelism_round_by_round(config):
+    result = summary(config, runs_of(megatron=[2.0, 4.0, 2.0], layerwise=[3.0, 3.0, 3.0], phantom=[1.0, 3.0, 1.5]))
+    assert result["fastest_tp"] == "megatron"
+    assert result["ratios"]["phantom"]["step"] == {"median": 0.75, "low": 0.5, "high": 0.75}
+    assert result["methods"]["layerwise"]["step_s"]["median"] == 3.0  # the slowest rank's
+    with_torch = summary(config, runs_of(megatron=[2.0], torch=[1.0], phantom=[0.5]))
+    assert with_torch["fastest_tp"] == "torch" and with_torch["methods"]["torch"]["sent_bytes"] is None
+    assert with_torch["ratios"]["phantom"]["step"]["median"] == 0.5
+    assert with_torch["ratios"]["phantom"]["sent_bytes"] == 1.0  # over megatron's, the only ones counted
+    assert result["methods"]["phantom"]["samples_per_s"] == pytest.approx(4 / 1.5)
+    assert any("megatron, phantom differ" in warning for warning in result["warnings"])
+
+
+def test_unfair_comparisons_are_called_so(config):
+    plain = summary(config, runs_of(megatron=[1.0], phantom=[1.0]))["warnings"]
+    assert any("learning rate was not tuned" in warning for warning in plain)
+    assert any("fair control" in warning for warning in plain)
+    assert not any("cores" in warning or "not quiet" in warning or "Dense" in warning for warning in plain)
+    tuned = summary(config, runs_of(megatron=[1.0], phantom=[1.0]), "--set", "phantom.model.lr=0.1")["warnings"]
+    assert not any("learning rate" in warning for warning in tuned)
+    crowded = summary(config, runs_of(dense=[1.0]), ranks=4)["warnings"]
+    assert any("more busy threads than cores" in warning for warning in crowded)
+    assert any("to themselves" in warning for warning in crowded)
+    silent = [{"method": "megatron", "round": 0, "ranks": [measured(losses=[])]}]
+    assert any("--monitor" in warning for warning in summary(config, silent)["warnings"])
+
+
+@pytest.mark.parametrize(("flag", "expected"), [("modelled", None), ("measured_counter", 0.5), ("unavailable", None)])
+def test_only_measured_joules_are_divided(config, flag, expected):
+    def run(method, joules):
+        energy = {"steady_j_per_step": None if flag == "unavailable" else joules, "flag": flag}
+        return {"method": method, "round": 0, "ranks": [measured(energy=energy)]}
+
+    result = summary(config, [run("megatron", 4.0), run("phantom", 2.0)], "--target-loss", "0.6")
+    assert result["methods"]["phantom"]["to_target"]["steps"] == 2
+    assert result["ratios"]["phantom"]["energy_to_target"] == expected
+    assert any("no ratio of energies" in w for w in result["warnings"]) == (expected is None)
+
+
+def test_a_target_that_is_not_reached(config):
+    result = summary(config, runs_of(megatron=[1.0], phantom=[1.0]), "--target-loss", "0.1")
+    assert result["methods"]["phantom"]["to_target"]["steps"] is None
+    assert result["ratios"]["phantom"]["seconds_to_target"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "dense,fsdp"], "--methods 'fsdp': choose from dense"),
+        (["--methods", "control"], "--control FILE"),
+        (["--control", "missing.yaml"], "missing.yaml is no file"),
+        (["--rounds", "0"], "--rounds 0: needs at least 1"),
+        (["--warmup", "1"], "--warmup 1: needs at least 2"),
+        (["--train-steps", "4"], "more steps than --warmup 5"),
+        (["--set", "phantom.model.lr"], "METHOD.KEY=VALUE"),
+        (["--set", "control.model.lr=1"], "a method of this comparison"),
+        (["--json", "missing/c.json"], "--json missing/c.json: there is no such folder"),
+        (["--plot", "c.docx"], "ends in .png, .svg or .pdf"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_starts(config, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "--config", config, *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_torch_is_left_out_where_it_has_no_style():
+    styles = torch_plan(nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), 2)[1]
+    assert [type(style).__name__ for style in styles.values()] == [
+        *("ColwiseParallel", "RowwiseParallel", "ColwiseParallel")
+    ]
+    with pytest.raises(PhantomError, match="nothing in Sequential qualifies"):
+        torch_plan(nn.Sequential(nn.LayerNorm(8)), 2)

@@ -1,0 +1,243 @@
+"""The predicted step: its operations are the cost model's, and the plan command shows what it says."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from background import program
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from lightning_phantom.commands.cli import main
+from lightning_phantom.commands.recipe import Recipe
+from lightning_phantom.cost.count import ELEMENT_BYTES, Layer, estimate_cost, layouts_in_pairs
+from lightning_phantom.cost.predict import (
+    METHODS,
+    Group,
+    Machine,
+    Stage,
+    Work,
+    exact_stages,
+    in_layers,
+    phantom_stages,
+    predict,
+    step_time,
+)
+from lightning_phantom.cost.scale import Setting, best, stops_paying
+from lightning_phantom.distributed import comm
+from lightning_phantom.measure.machine import nonnegative_fit
+from lightning_phantom.measure.simulate import FilledRanks, simulate
+
+MACHINE = Machine(4e10, 1e10, 1e-5, 1e9, 1e-4)
+CHAIN = [
+    Layer(64, 128, input_layout="replicated", needs_input_grad=False),
+    Layer(128, 256),
+    Layer(128, 256, shares_input=True),
+    Layer(256, 64, output_layout="replicated"),
+]
+CONFIG = """
+trainer: {accelerator: cpu}
+model:
+  class_path: benchmarks.ffn.FeedForward
+  init_args: {width: 64, depth: 3}
+"""
+
+
+@pytest.mark.parametrize(("p", "ranks"), [(4, 1), (4, 2), (8, 8)])
+def test_stages_hold_the_work_and_the_bytes_of_the_cost_model(p, ranks):
+    group, k, tokens = Group(ranks, 96, 4), 2, 96
+    in_pairs = layouts_in_pairs(CHAIN)
+    stages = {
+        "phantom": [s for layer in CHAIN for s in phantom_stages(layer, p, k, group)],
+        "tensor_parallel": [
+            s
+            for layer, both in zip(CHAIN, in_pairs, strict=True)
+            for s in exact_stages(layer, both, both[:2] == ("sharded", "replicated"), group)
+        ],
+        "tensor_parallel_layerwise": [
+            s for layer in CHAIN for s in exact_stages(layer, in_layers(layer), False, group)
+        ],
+    }
+    estimate = estimate_cost(CHAIN, p, k, ranks, tokens)
+    for method, those in stages.items():
+        cost = getattr(estimate, method)
+        assert sum(s.work.flops for s in those) == cost.flops
+        assert sum(s.calls for s in those) == cost.calls
+        assert sum(s.sent_bytes for s in those) == cost.sent_bytes
+
+
+def test_a_collective_is_waited_for_only_beyond_the_work_beside_it():
+    machine = Machine(100.0, float("inf"), 0.0, 10.0, 1.0)
+    hidden = Stage(hidden_behind=Work(flops=400), sent_bytes=20, calls=1)  # takes 3 s, beside 4 s of work
+    seen = Stage(hidden_behind=Work(flops=100), sent_bytes=20, calls=1)  # 2 s more than the 1 s beside it
+    time = step_time([Stage(Work(flops=500)), hidden, seen], machine, 4)
+    assert (time.compute_s, time.communication_s, time.waited_s, time.seconds) == (5.0, 6.0, 2.0, 7.0)
+
+
+def test_predicted_times_follow_the_counts():
+    compute_only = Machine(1e9, float("inf"), 0.0, float("inf"), 0.0)
+    times = predict(CHAIN, 4, 2, 2, 96, compute_only)
+    estimate = estimate_cost(CHAIN, 4, 2, 2, 96)
+    assert set(times) == set(METHODS)
+    for method in METHODS[1:]:
+        assert times[method].seconds == pytest.approx(getattr(estimate, method).flops / 1e9)
+    assert times["dense"].seconds == pytest.approx(2 * times["tensor_parallel"].seconds)
+
+
+def test_nonnegative_fit():
+    true = torch.tensor([2e-9, 0.0, 3e-4])
+    features = torch.tensor([[1e6, 5.0, 1], [1e7, 1.0, 2], [3e5, 9.0, 4], [5e6, 2.0, 1]])
+    assert nonnegative_fit(features.tolist(), (features @ true).tolist()) == pytest.approx(
+        true.tolist(), rel=1e-3, abs=1e-9
+    )
+    falling = nonnegative_fit([[1.0, 1.0], [2.0, 1.0], [3.0, 1.0]], [3.0, 2.0, 1.0])
+    assert min(falling) >= 0 and max(falling) > 0
+
+
+def test_the_sweep_ends_where_phantom_stops_paying():
+    layers = tuple(Layer(1024, 1024) for _ in range(4))
+    setting = Setting(layers, 4, 128, "float32", MACHINE)
+    rows = setting.sweep()
+    assert [row.num_blocks for row in rows] == [2, 4, 8, 16, 32, 64, 128, 256]
+    for row in rows:  # 1/p + pk/n, less the missing D_ii
+        p = row.num_blocks
+        assert row.ratio("weights") == pytest.approx(1 / p + p * 4 / 1024, rel=0.01)
+    end = stops_paying(rows)
+    assert end is rows[-1] and end.ratio("flops") >= 1 > rows[-2].ratio("flops")
+    on_four = setting.sweep(4)
+    assert [row.num_blocks for row in on_four] == [4, 8, 16, 32, 64, 128, 256]
+    assert best(on_four).num_blocks == 16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_simulated_rank_holds_its_shard_and_sends_what_the_model_says(dtype):
+    layers = [
+        Layer(512, 1024, input_layout="replicated", phantom_width=2),
+        Layer(1024, 512, phantom_width=2),
+        Layer(512, 512, output_layout="replicated", phantom_width=2),
+    ]
+    estimate = estimate_cost(layers, 64, 2, 64, 32, dtype)
+    measured = simulate(layers, 64, 64, 32, dtype)
+    for method, one in measured.items():
+        cost = getattr(estimate, method)
+        assert (one.weights, one.sent_bytes, one.calls) == (cost.weights, cost.sent_bytes, cost.calls), method
+        assert one.compute_s > 0 and one.tensor_bytes > 2 * cost.weights * ELEMENT_BYTES[dtype]
+    assert not torch.distributed.is_initialized()
+
+
+def test_what_fake_collectives_bring_is_filled_in(monkeypatch):
+    class Nothing:
+        def wait(self):
+            pass
+
+    def leave_garbage(output, given, **kwargs):
+        output.fill_(float("nan"))
+        return Nothing()
+
+    monkeypatch.setattr(comm, "_all_gather_single", leave_garbage)
+    monkeypatch.setattr(comm, "_reduce_scatter_single", leave_garbage)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    ranks = FilledRanks(torch.distributed.group.WORLD)
+    shard, parts = torch.randn(16, 4), torch.randn(8, 16, 4)
+    assert torch.equal(ranks.all_gather(shard)(), shard.expand(8, 16, 4))
+    assert torch.equal(ranks.reduce_scatter(parts)(), parts[0])
+    assert ranks.seconds > 0
+
+
+def run_plan(tmp_path, capsys, *arguments):
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    main(["plan", "--config", str(tmp_path / "run.yaml"), "--json", str(tmp_path / "plan.json"), *arguments])
+    return capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+
+
+RATES = ("--flops", "1e11", "--bandwidth", "10", "--latency", "1e-5")
+
+
+def test_plan_command(tmp_path, capsys):
+    out, result = run_plan(tmp_path, capsys, "--ranks", "2", "--num-blocks", "4", "--tokens", "256", *RATES)
+    assert "Phantom plan: 3 of 3 linears, num_blocks=4" in out and "It stops paying" in out
+    methods = result["here"]["methods"]
+    expected = estimate_cost([(64, 64)] * 3, 4, 0.25, 2, 256)
+    assert methods["phantom"]["sent_bytes"] == expected.phantom.sent_bytes
+    assert methods["tensor_parallel"]["flops"] == expected.tensor_parallel.flops
+    assert methods["dense"]["weights"] == 3 * (64 * 64 + 64)
+    assert result["machine_origin"] == dict.fromkeys(("flops_per_s", "latency_s", "link_bytes_per_s"), "given")
+    assert f"{methods['phantom']['weights']:,}" in out
+
+
+def test_plan_command_simulates(tmp_path, capsys):
+    out, result = run_plan(tmp_path, capsys, "--simulate-ranks", "16", "--phantom-width", "1", *RATES)
+    assert "One of 16 ranks, p=16" in out
+    simulation = result["simulation"]
+    for method, one in simulation["measured"].items():
+        assert one["sent_bytes"] == simulation["methods"][method]["sent_bytes"]
+
+
+def measured_on_two_ranks(folder):
+    (folder / "run.yaml").write_text(CONFIG)
+    command = ["-m", "lightning_phantom", "plan", "--config", folder / "run.yaml", "--num-blocks", 4, "--ranks", 2]
+    return program(*command, "--json", folder / "plan.json"), json.loads((folder / "plan.json").read_text())
+
+
+@pytest.mark.background.with_args(measured_on_two_ranks)
+def test_plan_measures_two_ranks_at_once(outcome):
+    out, result = outcome
+    assert "Predicted from rates measured on this machine" in out
+    assert set(result["machine_origin"].values()) == {"measured here"}
+    machine = Machine(**result["machine"])
+    assert 0 < machine.flops_per_s < 1e15 and 0 < machine.link_bytes_per_s < 1e13
+    times = [method["step_s"] for method in result["here"]["methods"].values()]
+    assert all(0 < seconds < 10 for seconds in times)
+
+
+def test_plan_measures_this_machine_where_nothing_is_given(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lightning_phantom.commands.plan.measure_here", lambda ranks, dtype: MACHINE)
+    out, result = run_plan(tmp_path, capsys, "--num-blocks", "4", "--latency", "0.5")
+    assert "measured on this machine, latency_s given" in out
+    assert result["machine"]["latency_s"] == 0.5 and result["machine"]["flops_per_s"] == MACHINE.flops_per_s
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--ranks", "3", "--num-blocks", "4"), "--ranks 3 does not divide num_blocks=4"),
+        (("--ranks", "1"), "give --num-blocks or --ranks"),
+        (("--flops", "-1"), "--flops -1.0: needs a number above 0"),
+        (("--num-blocks", "7"), "nothing in FeedForward qualifies"),
+        (("--num-blocks", "4", "--simulate-ranks", "3"), "--simulate-ranks 3 does not divide --num-blocks 4"),
+        (("--phantom-width", "1.5", "--num-blocks", "4"), "phantom_width=1.5"),
+        (("--phantom-width", "0", "--num-blocks", "4"), "phantom_width=0"),
+        (("--num-blocks", "0"), "--num-blocks 0: needs a number above 0"),
+    ],
+)
+def test_plan_says_what_is_wrong(tmp_path, capsys, arguments, message):
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    with pytest.raises(SystemExit) as stop:
+        main(
+            ["plan", "--config", str(tmp_path / "run.yaml"), *arguments, *(RATES if "--flops" not in arguments else ())]
+        )
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "Error: " in error and message in error
+
+
+def test_a_config_that_fit_has_saved_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "examples/digits.yaml", "--print_config"])
+    saved = capsys.readouterr().out
+    assert "ckpt_path: null" in saved
+    (tmp_path / "config.yaml").write_text(saved)
+    assert (
+        type(Recipe(["--config", str(tmp_path / "config.yaml")], "test").make_module()).__name__ == "DigitsClassifier"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--help"], "plan: "), (["plan", "--help"], "--simulate-ranks"), (["compare", "--help"], "--control")],
+)
+def test_plan_and_compare_are_in_the_help(capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 0 and words in capsys.readouterr().out

@@ -1,0 +1,1367 @@
+"""Every row of docs/features.md, as a test: what a Trainer can be asked for, and what then happens."""
+
+import ast
+import copy
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+import training
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BasePredictionWriter,
+    Callback,
+    DeviceStatsMonitor,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelPruning,
+    ModelSummary,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+    ThroughputMonitor,
+    Timer,
+)
+from lightning.pytorch.demos import BoringModel, LightningTransformer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.model_summary import summarize
+from ranks import run_ranks
+from test_phantom_strategy import weights
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from training import EMAWeightAveraging, Net, data, loader, needs_ema, trainer
+
+from lightning_phantom import PhantomLinear, PhantomStrategy, densify
+from lightning_phantom.errors import PhantomError, PlanError
+from lightning_phantom.layers.split import split_layers
+from lightning_phantom.strategies.materialise import count_replicas_once, give_back_groups, materialise
+
+ROOT = Path(__file__).parents[2]
+TWICE = {"data_parallel_size": 2}
+
+
+def several():
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def phantom(sizes=None, **kwargs):
+    """The strategy on the ranks there are: one has no other sizes."""
+    return PhantomStrategy(num_blocks=4, **(sizes or {} if several() else {}), **kwargs)
+
+
+def train(make, sizes=None, batches=6, dtype=torch.float32, val=None, loaders=None, ckpt_path=None, **kwargs):
+    """Fit what `make` returns, on the ranks there are, to the same batches of 8 whatever the number of replicas."""
+    L.seed_everything(5, verbose=False)
+    module = make()
+    replicas = (sizes or {}).get("data_parallel_size", 1) if several() else 1
+    t = trainer(kwargs.pop("folder", tempfile.gettempdir()), strategy=kwargs.pop("strategy", phantom(sizes)), **kwargs)
+    if loaders is None and not is_overridden("train_dataloader", getattr(module, "_orig_mod", module)):
+        loaders = loader(8 * batches, batch_size=8 // replicas, dtype=dtype)
+    t.fit(module, loaders, val, ckpt_path=ckpt_path)
+    return t, module
+
+
+def plain():
+    return Net(dropout=0.0)
+
+
+def adam(dropout=0.0):
+    return Net(dropout, lr=0.01, optimizer=torch.optim.AdamW)
+
+
+def shared_folder():
+    if not several():
+        return tempfile.mkdtemp()
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder, 0)
+    return folder[0]
+
+
+def message(function, *args, **kwargs):
+    """What `function` raises, as (class name, text); None if it returns."""
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+@contextmanager
+def recorded_warnings():
+    """All warnings, in spite of the quiet trainer."""
+    silence, training.quiet = training.quiet, lambda: None
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield caught
+    finally:
+        training.quiet = silence
+
+
+# On two and on four ranks: one start of each, many cases in it
+
+
+def _run(cases):
+    results = {}
+    for case in cases:
+        try:
+            results[case] = globals()[case]()
+        except Exception:
+            results[case] = AssertionError(traceback.format_exc())
+    return results
+
+
+class Results:
+    def __init__(self, by_rank):
+        self.by_rank = by_rank
+
+    def __call__(self, case):
+        values = [result[case.__name__] for result in self.by_rank]
+        for value in values:
+            if isinstance(value, AssertionError):
+                raise value
+        return values
+
+
+@pytest.fixture(scope="module")
+def two():
+    return Results(run_ranks(2, _run, [name for name in globals() if name.startswith("two_")]))
+
+
+@pytest.fixture(scope="module")
+def four():
+    return Results(run_ranks(4, _run, [name for name in globals() if name.startswith("four_")]))
+
+
+def assert_same(alone, by_rank, atol=1e-5):
+    """One set of weights on every rank, that of one process."""
+    for seen in by_rank:
+        assert seen.keys() == alone.keys()
+        for name, value in alone.items():
+            assert torch.equal(seen[name], by_rank[0][name]), name
+            assert torch.allclose(seen[name].float(), value.float(), atol=atol), name
+
+
+def assert_close(alone, by_rank):
+    for seen in by_rank:
+        for name, value in alone.items():
+            assert torch.allclose(seen[name], value, atol=1e-5), name
+
+
+# Layouts and data
+
+
+def four_layouts(layouts=({}, TWICE, {"data_parallel_size": 4})):
+    return [weights(train(plain, sizes)[1]) for sizes in layouts]
+
+
+def test_phantom_and_data_parallel(four):
+    (alone,) = four_layouts([{}])
+    for n in range(3):
+        assert_same(alone, [layouts[n] for layouts in four(four_layouts)])
+
+
+class CountAllReduces(Callback):
+    """Counts the gradient all-reduces between replicas."""
+
+    def __init__(self):
+        self.count = 0
+
+    def on_train_start(self, trainer, module):
+        def hook(group, bucket):
+            self.count += 1
+            return allreduce_hook(group, bucket)
+
+        if trainer.world_size > 1:
+            trainer.strategy.model.register_comm_hook(trainer.strategy.mesh.data_parallel.group, hook)
+
+
+def four_accumulate():
+    counts = [CountAllReduces(), CountAllReduces()]
+    _, module = train(adam, TWICE, callbacks=[counts[0]], accumulate_grad_batches=3)
+    train(adam, TWICE, callbacks=[counts[1]])
+    return weights(module), [c.count for c in counts]
+
+
+def test_accumulate_grad_batches(four):
+    alone, _ = four_accumulate()
+    seen = four(four_accumulate)
+    assert_same(alone, [w for w, _ in seen])
+    assert [counts for _, counts in seen] == [[2, 6]] * 4  # six batches: two steps, or six
+
+
+def test_gradient_accumulation_scheduler():
+    steps = [
+        train(plain, max_epochs=2, callbacks=callbacks)[0].global_step
+        for callbacks in ([], [GradientAccumulationScheduler({0: 3, 1: 2})])
+    ]
+    assert steps == [12, 2 + 3]
+
+
+class Gathers(Net):
+    def training_step(self, batch, batch_idx):
+        gathered = self.all_gather({"x": batch[0], "loss": 1.0})
+        self.shapes = [tuple(gathered["x"].shape), tuple(gathered["loss"].shape)]
+        with_grad = self.all_gather(self(batch[0]), sync_grads=True)
+        return super().training_step(batch, batch_idx) + 0 * with_grad.sum()
+
+
+def four_all_gather():
+    return [train(Gathers, sizes, max_steps=1)[1].shapes for sizes in (TWICE, {})]
+
+
+def test_all_gather(four):
+    for shapes in four(four_all_gather):
+        assert shapes == [[(2, 4, 16), (2,)], [(1, 8, 16), (1,)]]
+
+
+def four_logs():
+    t, _ = train(plain, TWICE, val=loader(40, batch_size=5))
+    return {k: float(v) for k, v in t.callback_metrics.items()}
+
+
+def test_logged_values_and_metrics_count_each_sample_once(four):
+    alone = four_logs()
+    for seen in four(four_logs):
+        assert seen["val_count"] == seen["val_seen"] == 40  # self.log(sync_dist=True, reduce_fx="sum"), SumMetric
+        for key in ("val_loss", "val_accuracy"):
+            assert seen[key] == pytest.approx(alone[key], rel=1e-4), key
+
+
+class Sampled(Net):
+    def train_dataloader(self):
+        return DataLoader(
+            data(24), batch_size=4, sampler=DistributedSampler(data(24), **self.trainer.distributed_sampler_kwargs)
+        )
+
+    def training_step(self, batch, batch_idx):
+        self.samples = [*getattr(self, "samples", []), *batch[0][:, 0].tolist()]
+        return super().training_step(batch, batch_idx)
+
+
+def four_own_sampler():
+    return sorted(train(Sampled, TWICE, use_distributed_sampler=False)[1].samples)
+
+
+def test_own_sampler(four):
+    seen = four(four_own_sampler)
+    assert seen[0] == seen[1] and seen[2] == seen[3]
+    assert sorted(seen[0] + seen[2]) == sorted(data(24).tensors[0][:, 0].tolist())
+
+
+class Stream(IterableDataset):
+    """Every `step`-th sample from `first` on."""
+
+    def __init__(self, first=0, step=1):
+        self.first, self.step = first, step
+
+    def __iter__(self):
+        yield from list(data(48))[self.first :: self.step]
+
+
+class Streams(Net):
+    by = "replica"
+
+    def train_dataloader(self):
+        strategy = self.trainer.strategy
+        first, step = strategy.mesh.data_parallel.rank, strategy.data_parallel_size
+        if self.by == "rank":
+            first, step = self.trainer.global_rank, self.trainer.world_size
+        return DataLoader(Stream(first, step), batch_size=8 // step)
+
+
+def four_iterable_dataset():
+    class ByRank(Streams):
+        by = "rank"
+
+    return weights(train(lambda: Streams(dropout=0.0), TWICE)[1]), message(train, ByRank, TWICE)
+
+
+def test_iterable_dataset(four):
+    alone, error = four_iterable_dataset()
+    assert error is None
+    seen = four(four_iterable_dataset)
+    assert_same(alone, [w for w, _ in seen])
+    for rank, (_, error) in enumerate(seen):
+        group = [[0], [1]] if rank < 2 else [[2], [3]]
+        assert error[0] == "PhantomError"
+        assert f"First difference: 'batch[0]', ranks {group[0]} against {group[1]}." in error[1]
+
+
+class Normalised(Net):
+    def __init__(self):
+        super().__init__(dropout=0.0)
+        self.tail = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 5))
+
+
+def four_sync_batchnorm():
+    """The ranks of one group have nothing to synchronise; replicas have, which torch does on GPUs only."""
+    _, module = train(Normalised, {}, sync_batchnorm=True)
+    synced = Normalised()
+    error = message(train, lambda: synced, TWICE, sync_batchnorm=True)
+    layer, replicas = nn.SyncBatchNorm(4), synced.trainer.strategy.mesh.data_parallel
+    count_replicas_once(layer, replicas)
+    size = dist.get_world_size(layer.process_group)
+    give_back_groups(layer, replicas)
+    return module.tail[0].running_var, type(synced.tail[0]).__name__, error, size, copy.deepcopy(layer).process_group
+
+
+def test_sync_batchnorm(four):
+    variance, *rest = four_sync_batchnorm()
+    assert rest == ["BatchNorm1d", None, 1, None]
+    for seen in four(four_sync_batchnorm):
+        assert torch.allclose(seen[0], variance, atol=1e-5)
+        assert seen[1] in ("SyncBatchNorm", "_BatchNormXd")  # converted; the second is what Lightning reverts it to
+        assert seen[2:] == (("ValueError", "SyncBatchNorm layers only work with GPU modules"), 2, None)
+
+
+class Unfreeze(BaseFinetuning):
+    def freeze_before_training(self, pl_module):
+        self.freeze([pl_module.net, pl_module.norm])
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net, optimizer, lr=0.05)
+
+
+class Tunable(Net):
+    def __init__(self):
+        super().__init__(dropout=0.0)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+
+
+def four_finetuning():
+    _, module = train(Tunable, TWICE, max_epochs=3, callbacks=[Unfreeze()])
+    return weights(module)
+
+
+def test_finetuning(four):
+    assert_same(four_finetuning(), four(four_finetuning))
+
+
+class Writer(BasePredictionWriter):
+    def __init__(self):
+        super().__init__("batch_and_epoch")
+        self.written, self.epochs = [], 0
+
+    def write_on_batch_end(self, trainer, module, prediction, indices, batch, batch_idx, dataloader_idx):
+        self.written += zip(indices, prediction[:, 0].tolist(), strict=True)
+
+    def write_on_epoch_end(self, trainer, module, predictions, indices):
+        self.epochs += 1
+
+
+def four_predictions():
+    writer = Writer()
+    L.seed_everything(5, verbose=False)
+    t = trainer(tempfile.gettempdir(), strategy=phantom(TWICE), callbacks=[writer])
+    t.predict(plain(), loader(24, batch_size=4))
+    return writer.written, writer.epochs
+
+
+def test_prediction_writer(four):
+    """Every rank writes; those of one group the same."""
+    alone = dict(four_predictions()[0])
+    seen = four(four_predictions)
+    assert all(epochs == 1 for _, epochs in seen)
+    written = [w for w, _ in seen]
+    assert written[0] == written[1] and written[2] == written[3]
+    together = dict(written[0] + written[2])
+    assert len(written[0]) == 12 and together.keys() == alone.keys()
+    assert all(together[n] == pytest.approx(value, abs=1e-5) for n, value in alone.items())
+
+
+class Disagrees(Net):
+    """Logs a value that gets worse on the last rank only."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("mine", float(self.current_epoch if self.trainer.global_rank == self.trainer.world_size - 1 else 0))
+
+
+def four_early_stopping():
+    stop = EarlyStopping("mine", patience=1, mode="min")
+    improving = EarlyStopping("val_loss", patience=3)
+    t, _ = train(Disagrees, TWICE, max_epochs=6, callbacks=[stop], val=loader(16))
+    u, _ = train(plain, TWICE, max_epochs=3, callbacks=[improving], val=loader(16))
+    return t.current_epoch, u.current_epoch
+
+
+def test_early_stopping(four):
+    assert four(four_early_stopping) == [(2, 3)] * 4
+
+
+# Gradients and numbers
+
+
+def two_clip_by_value():
+    _, module = train(plain, gradient_clip_val=0.01, gradient_clip_algorithm="value")
+    return weights(module)
+
+
+def two_clip_by_norm():
+    _, module = train(plain, gradient_clip_val=0.05)
+    return weights(module)
+
+
+class ClipsItself(Net):
+    norms = ()
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        norm = self.trainer.strategy.clip_grad_norm_(self.parameters(), 0.05)
+        again = self.trainer.strategy.clip_grad_norm_(self.parameters(), float("inf"))
+        self.norms = [*self.norms, norm.item(), again.item()]
+
+
+def two_clip_itself():
+    _, module = train(lambda: ClipsItself(dropout=0.0))
+    return weights(module), module.norms
+
+
+def test_clip_by_value(two):
+    alone = two_clip_by_value()
+    assert_same(alone, two(two_clip_by_value))
+    assert not torch.allclose(alone["tail.1.weight"], weights(train(plain)[1])["tail.1.weight"], atol=1e-3)
+
+
+def test_clip_by_norm(two):
+    alone = two_clip_by_norm()
+    assert_same(alone, two(two_clip_by_norm))
+    assert_same(two_clip_itself()[0], [alone])
+
+
+def test_clip_in_an_overridden_hook(two):
+    alone, norms = two_clip_itself()
+    seen = two(two_clip_itself)
+    assert_same(alone, [w for w, _ in seen])
+    assert norms[1::2] == pytest.approx([0.05] * 6, rel=1e-4)
+    for _, others in seen:
+        assert others == pytest.approx(norms, rel=1e-5) and others == seen[0][1]
+
+
+PRECISIONS = ("32-true", "64-true", "bf16-true", "bf16-mixed")
+
+
+def two_precisions():
+    seen = {}
+    for precision in PRECISIONS:
+        dtype = torch.float64 if precision == "64-true" else torch.float32
+        t, module = train(adam, precision=precision, dtype=dtype, val=loader(16, dtype=dtype))
+        seen[precision] = weights(module), module.losses, t.callback_metrics["val_loss"].isfinite().item()
+    return seen
+
+
+def test_precisions(two):
+    alone, seen = two_precisions(), two(two_precisions)
+    for precision in PRECISIONS:
+        values, losses, finite = alone[precision]
+        expected = {"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(precision, torch.float32)
+        assert finite and {value.dtype for value in values.values()} == {expected}
+        for result in seen:
+            other, other_losses, other_finite = result[precision]
+            assert other_finite
+            assert all(torch.equal(other[name], seen[0][precision][0][name]) for name in other)
+            assert other_losses == pytest.approx(losses, rel=2e-2 if "bf16" in precision else 1e-5)
+    assert alone["bf16-mixed"][1] != alone["32-true"][1]
+
+
+class Overflow(Callback):
+    """Puts an infinity into one rank's share of a gradient, and watches what the step makes of it."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_after_backward(self, trainer, module):
+        if trainer.fit_loop.batch_idx == 2 and trainer.global_rank == trainer.world_size - 1:
+            module.net[0].weight.grad[0, 0] = float("inf")
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        steps = {int(state["step"]) for state in trainer.optimizers[0].state.values()}
+        self.seen.append((trainer.precision_plugin.scaler.get_scale(), steps, weights(module)))
+
+
+def two_overflow():
+    watch = Overflow()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    train(adam, callbacks=[watch], batches=5, plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
+    return watch.seen
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all(two):
+    first, second = two(two_overflow)
+    for seen in (two_overflow(), first, second):
+        assert [scale for scale, *_ in seen] == [1024.0, 1024.0, 512.0, 512.0, 512.0]
+        assert [steps for _, steps, _ in seen] == [{1}, {2}, {2}, {3}, {4}]
+        moved = [any(not torch.equal(a[2][n], b[2][n]) for n in a[2]) for a, b in pairwise(seen)]
+        assert moved == [True, False, True, True]
+        assert all(value.isfinite().all() for value in seen[-1][2].values())
+    assert all(torch.equal(a[2][n], b[2][n]) for a, b in zip(first, second, strict=True) for n in a[2])
+
+
+class ReplacesLinears(Precision):
+    def convert_module(self, module):
+        for parent in list(module.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, nn.Linear(child.in_features, child.out_features))
+        return module
+
+
+def test_precision_plugins_that_replace_linears_are_refused():
+    with pytest.raises(PhantomError, match="ReplacesLinears has put layers of its own where the phantom layers were"):
+        train(plain, plugins=[ReplacesLinears()])
+
+
+# Optimizers
+
+
+class Manual(Net):
+    """Two optimizers, stepped by hand, clipped and toggled; each with a scheduler."""
+
+    def __init__(self):
+        super().__init__(dropout=0.0)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        body = torch.optim.AdamW([*self.norm.parameters(), *self.net.parameters()], lr=0.01)
+        head = torch.optim.SGD(self.tail.parameters(), lr=0.05)
+        return [body, head], [torch.optim.lr_scheduler.StepLR(o, 2) for o in (body, head)]
+
+    def training_step(self, batch, batch_idx):
+        for optimizer, scheduler in zip(self.optimizers(), self.lr_schedulers(), strict=True):
+            self.toggle_optimizer(optimizer)
+            loss = super().training_step(batch, batch_idx)
+            self.manual_backward(loss)
+            self.clip_gradients(optimizer, gradient_clip_val=0.05, gradient_clip_algorithm="norm")
+            optimizer.step()
+            optimizer.zero_grad()
+            self.untoggle_optimizer(optimizer)
+            scheduler.step()
+
+
+def two_manual():
+    t, module = train(Manual)
+    return weights(module), [o.param_groups[0]["lr"] for o in t.optimizers]
+
+
+def test_manual_optimization_with_several_optimizers(two):
+    alone, rates = two_manual()
+    assert rates == pytest.approx([1e-5, 5e-5])
+    assert_same(alone, [w for w, _ in two(two_manual)])
+
+
+def two_optimizer_rules():
+    with recorded_warnings() as caught:
+        lbfgs = message(train, lambda: Net(optimizer=torch.optim.LBFGS))
+        train(lambda: Net(optimizer=torch.optim.Adafactor), max_steps=2)
+    return lbfgs, [str(w.message) for w in caught if "not elementwise" in str(w.message)]
+
+
+def test_optimizers_that_are_not_elementwise(two):
+    alone, warned = two_optimizer_rules()
+    assert alone is None and not warned
+    for rank, (lbfgs, warned) in enumerate(two(two_optimizer_rules)):
+        assert lbfgs[0] == "PhantomError"
+        assert "LBFGS: this optimizer decides by sums over all its parameters, of which each of the 2 ranks" in lbfgs[1]
+        assert [w[:48] for w in warned] == ["Adafactor: the rule of this optimizer is not ele"][: rank == 0]
+
+
+class Hooked(Net):
+    def _halve(self, gradient):
+        self.calls = getattr(self, "calls", 0) + 1
+        return gradient * 0
+
+    def configure_optimizers(self):
+        self.net[0].compressor_weight.register_hook(self._halve)
+        return super().configure_optimizers()
+
+    def on_fit_start(self):
+        self.tail[1].weight.register_hook(self._halve)
+
+
+def test_gradient_hooks():
+    for name in ("net.0.compressor_weight", "tail.1.weight", "net.0.weight"):
+        start = dict(train(plain, limit_train_batches=0)[1].named_parameters())[name]
+        module = train(lambda: Hooked(dropout=0.0))[1]
+        assert torch.equal(dict(module.named_parameters())[name], start) == (name != "net.0.weight"), name
+        assert module.calls == 12
+
+    class HookedBefore(Net):
+        def __init__(self):
+            super().__init__()
+            self.net[6].weight.register_hook(lambda gradient: gradient)
+
+    assert list(split_layers(train(HookedBefore)[1])) == ["net.0", "net.3"]
+
+
+class Schedules(Net):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.1, mode="max")
+        decay = {"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5), "interval": "step"}
+        return [optimizer], [decay, {"scheduler": self.plateau, "monitor": "val_count", "interval": "epoch"}]
+
+
+def test_lr_schedulers_lr_monitor_and_csv_logger(tmp_path):
+    logger = CSVLogger(tmp_path, name="run", version=0)
+    t, _ = train(
+        lambda: Schedules(dropout=0.0),
+        batches=2,
+        max_epochs=3,
+        val=loader(8),
+        logger=logger,
+        callbacks=[LearningRateMonitor("step")],
+        log_every_n_steps=1,
+    )
+    assert t.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.5**6 * 0.1**2)  # no epoch sees more than the first
+    text = (tmp_path / "run/version_0/metrics.csv").read_text()
+    assert "lr-SGD" in text.splitlines()[0] and "val_loss" in text.splitlines()[0]
+    assert "0.25" in text
+
+
+def two_lr_find():
+    L.seed_everything(5, verbose=False)
+    module = plain()
+    t = trainer(shared_folder(), strategy=PhantomStrategy(num_blocks=4), enable_checkpointing=True)
+    t.strategy.connect(module)
+    finder = Tuner(t).lr_find(module, loader(200, batch_size=4), num_training=40, update_attr=True)
+    return finder.results["loss"], module.lr, weights(module)
+
+
+def test_lr_find(two):
+    seen = two(two_lr_find)
+    for losses, rate, values in seen:
+        assert len(losses) == 40 and losses == pytest.approx(seen[0][0])
+        assert rate == seen[0][1] != 0.05
+        assert all(torch.equal(values[name], seen[0][2][name]) for name in values)
+    assert_same(weights(train(plain, limit_train_batches=0)[1]), [values for *_, values in seen])
+
+
+def test_batch_size_scaling_is_refused_by_lightning(tmp_path):
+    class Sized(Net):
+        batch_size = 2
+
+        def train_dataloader(self):
+            return loader(64, batch_size=self.batch_size)
+
+    t = trainer(tmp_path, devices=1)
+    with pytest.raises(ValueError, match=r"Tuning the batch size is currently not supported with distributed strateg"):
+        Tuner(t).scale_batch_size(Sized())
+
+
+# Checkpoints
+
+
+def fit_with(callback, tmp_path, epochs=2, make=plain, **kwargs):
+    return train(
+        make,
+        folder=tmp_path,
+        max_epochs=epochs,
+        callbacks=[callback],
+        enable_checkpointing=True,
+        val=loader(16),
+        **kwargs,
+    )
+
+
+def test_model_checkpoint_best_last_and_every_n_steps(tmp_path):
+    saver = ModelCheckpoint(tmp_path, "best-{val_loss:.3f}", monitor="val_loss", save_last=True)
+    steps = ModelCheckpoint(tmp_path / "steps", "{step}", every_n_train_steps=5, save_top_k=-1)
+    t, module = train(
+        plain,
+        folder=tmp_path,
+        max_epochs=3,
+        callbacks=[saver, steps],
+        enable_checkpointing=True,
+        val=loader(16),
+    )
+    assert sorted(p.name for p in (tmp_path / "steps").iterdir()) == ["step=10.ckpt", "step=15.ckpt", "step=5.ckpt"]
+    assert (tmp_path / "last.ckpt").exists() and Path(saver.best_model_path).exists()
+    (best,) = t.test(module, loader(16), ckpt_path="best", verbose=False)
+    assert best["val_loss"] == pytest.approx(saver.best_model_score.item(), rel=1e-5)
+    t.fit_loop.max_epochs = 4
+    t.fit(module, loader(48), loader(16), ckpt_path="last")
+    assert t.global_step == 24
+
+
+def test_save_weights_only(tmp_path):
+    saver = ModelCheckpoint(tmp_path, save_weights_only=True, save_last=True)
+    t, module = fit_with(saver, tmp_path)
+    file = torch.load(saver.last_model_path, weights_only=True)
+    assert "optimizers" not in file["phantom"] and "optimizer_states" not in file
+    before = t.validate(module, loader(16), verbose=False)
+    other = trainer(tmp_path, devices=1)
+    assert other.validate(plain(), loader(16), ckpt_path=saver.last_model_path, verbose=False) == before
+    with pytest.raises(KeyError, match="checkpoint contains only the model"):
+        trainer(tmp_path, devices=1, max_epochs=3).fit(plain(), loader(), ckpt_path=saver.last_model_path)
+
+
+class Raises(Net):
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 3:
+            raise RuntimeError("no more")
+        return super().training_step(batch, batch_idx)
+
+
+def two_save_on_exception():
+    folder = shared_folder()
+    savers = [ModelCheckpoint(folder, save_on_exception=True), OnExceptionCheckpoint(folder)]
+    with recorded_warnings() as caught:
+        error = message(train, Raises, folder=folder, callbacks=savers, enable_checkpointing=True)
+    said = [str(w.message) for w in caught if "was not saved" in str(w.message)]
+    return error, said, sorted(p.name for p in Path(folder).iterdir())
+
+
+def test_save_on_exception(two):
+    error, said, files = two_save_on_exception()
+    assert error == ("RuntimeError", "no more") and not said and "on_exception.ckpt" in files and len(files) >= 2
+    for rank, (error, said, files) in enumerate(two(two_save_on_exception)):
+        assert error == ("RuntimeError", "no more") and not files
+        if rank == 0:
+            assert "a checkpoint is put together by all ranks, and after an exception the others may be gone" in said[0]
+
+
+LOADS = """
+import sys
+sys.path.insert(0, {here!r})
+import lightning as L, torch
+from torch import nn
+
+class Small(L.LightningModule):
+    def __init__(self, width):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 8))
+
+module = Small.load_from_checkpoint({path!r})
+assert not any(name.startswith("lightning_phantom") for name in sys.modules)
+print(module.net(torch.ones(2, 16)).sum().item())
+"""
+
+
+class Small(L.LightningModule):
+    def __init__(self, width):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 8))
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def test_load_from_checkpoint_without_the_package(tmp_path):
+    t, module = train(lambda: Small(width=32), folder=tmp_path)
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    code = LOADS.format(here=str(ROOT / "tests" / "helpers"), path=str(tmp_path / "a.ckpt"))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) == pytest.approx(module.net(torch.ones(2, 16)).sum().item(), rel=1e-4)
+
+
+def test_checkpoint_io_of_your_own(tmp_path):
+    strategy = PhantomStrategy(num_blocks=4, checkpoint_io=AsyncCheckpointIO())
+    t, module = train(plain, folder=tmp_path, strategy=strategy)
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    t.strategy.checkpoint_io.teardown()
+    dense = densify(module)
+    file = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert torch.allclose(file["state_dict"]["net.3.weight"], dense.net[3].weight)
+
+
+class Remembers(Callback):
+    def __init__(self):
+        self.batches = 0
+
+    def on_train_batch_end(self, *args):
+        self.batches += 1
+
+    def state_dict(self):
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state_dict):
+        self.batches = state_dict["batches"]
+
+
+def test_callback_state_comes_back(tmp_path):
+    t, _ = train(plain, folder=tmp_path, callbacks=[Remembers()])
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    fresh = Remembers()
+    train(plain, folder=tmp_path, callbacks=[fresh], max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    assert fresh.batches == 12
+
+
+# Averages of weights
+
+
+def two_ema():
+    """The saved average as a plain module, against the average itself made dense; and a resumed run's weights."""
+    folder = shared_folder()
+
+    def run(epochs, path=None):
+        average = EMAWeightAveraging(decay=0.6)
+        saver = ModelCheckpoint(f"{folder}/{epochs}", save_last=True)
+        callbacks = [average, saver]
+        _, module = train(
+            adam, max_epochs=epochs, callbacks=callbacks, enable_checkpointing=True, val=loader(16), ckpt_path=path
+        )
+        return average._average_model.module, module, saver.last_model_path
+
+    average, module, path = run(1)
+    expected = densify(average).state_dict()
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    Net().load_state_dict(saved)
+    same = all(torch.equal(saved[name], value) for name, value in expected.items())
+    current = densify(module).state_dict()
+    # At the end of a fit the callback leaves its average in the module.
+    left = all(torch.equal(current[name], expected[name]) for name in expected)
+    long, _, _ = run(2)
+    resumed, _, _ = run(2, path)
+    a, b = weights(long), weights(resumed)
+    return same, left, all(torch.equal(a[name], b[name]) for name in a), b
+
+
+@needs_ema
+def test_ema_weight_averaging(two):
+    alone = two_ema()
+    assert alone[:3] == (True, True, True)
+    assert not torch.allclose(alone[3]["norm.weight"], weights(train(adam, max_epochs=2)[1])["norm.weight"], atol=1e-5)
+    for seen in two(two_ema):
+        assert seen[:3] == (True, True, True)
+        assert_same(alone[3], [seen[3]])
+
+
+def two_swa():
+    swa = StochasticWeightAveraging(0.02, swa_epoch_start=1, annealing_epochs=1)
+    return weights(train(plain, max_epochs=4, callbacks=[swa])[1])
+
+
+def test_stochastic_weight_averaging(two):
+    assert_same(two_swa(), two(two_swa))
+
+
+class Late(Net):
+    def __init__(self):
+        super().__init__(dropout=0.0)
+        self.net = None
+
+    def configure_model(self):
+        if self.net is None:
+            self.net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        pytest.param(lambda: EMAWeightAveraging(decay=0.5), marks=needs_ema),
+        lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1),
+    ],
+)
+def test_averages_of_late_layers_are_refused(callback):
+    with pytest.raises(PhantomError, match=r"Averaging copied the model before the layers that configure_model makes"):
+        train(Late, callbacks=[callback()])
+
+
+# The Trainer's switches
+
+
+def test_fit_validate_test_predict(tmp_path):
+    t, module = train(plain, folder=tmp_path, val=loader(16))
+    assert sum(isinstance(m, PhantomLinear) for m in module.modules()) == 3
+    (fit,) = t.validate(module, loader(16), verbose=False)
+    (test,) = t.test(module, loader(16), verbose=False)
+    predicted = torch.cat(t.predict(module, loader(16)))
+    module.eval()
+    assert fit == test and torch.allclose(predicted, module(data(16).tensors[0]), atol=1e-6)
+
+
+def test_cpu_and_the_name_phantom(tmp_path):
+    t = trainer(tmp_path, devices=1, strategy="phantom")
+    assert type(t.strategy) is PhantomStrategy and t.strategy.root_device.type == "cpu"
+    with pytest.raises(PhantomError, match="Set num_blocks"):
+        t.fit(plain(), loader())
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+def test_start_methods_are_refused(method):
+    with pytest.raises(PhantomError, match="start_method: ranks must be started as processes of their own"):
+        PhantomStrategy(start_method=method)
+    with pytest.raises(ValueError, match="invalid strategy name"):
+        L.Trainer(strategy=f"phantom_{method}", accelerator="cpu", devices=2)
+
+
+def test_limits_and_dry_runs(tmp_path):
+    def steps(**kwargs):
+        t, module = train(plain, folder=tmp_path, val=loader(16), **kwargs)
+        return t.global_step, module
+
+    assert steps(overfit_batches=2, max_epochs=2)[0] == 4
+    assert steps(limit_train_batches=0.5, limit_val_batches=1)[0] == 3
+    assert steps(max_steps=2)[0] == 2
+    assert steps(num_sanity_val_steps=2, val_check_interval=2)[0] == 6
+    assert steps(fast_dev_run=True)[0] == 1
+    _, module = steps(barebones=True)
+    assert_same(weights(steps()[1]), [weights(module)])
+    timer = Timer(duration="00:00:00:00")
+    assert steps(callbacks=[timer], max_epochs=9)[0] < 54
+
+
+class Explodes(Net):
+    def training_step(self, batch, batch_idx):
+        return (self(batch[0]) * 0).sum().sqrt() * 0 if batch_idx else super().training_step(batch, batch_idx)
+
+
+def test_detect_anomaly():
+    with pytest.raises(RuntimeError, match="returned nan values in its 0th output"):
+        train(Explodes, detect_anomaly=True)
+
+
+def test_profiler(tmp_path):
+    t, _ = train(plain, folder=tmp_path, profiler="simple")
+    assert "run_training_batch" in t.profiler.summary() and "PhantomStrategy.training_step" in t.profiler.summary()
+
+
+def test_deterministic():
+    try:
+        runs = [weights(train(lambda: Net(0.3), deterministic=True)[1]) for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_inference_mode(tmp_path, mode):
+    seen = []
+
+    class Watched(Net):
+        def test_step(self, batch, batch_idx):
+            seen.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+            with torch.inference_mode():  # what Lightning enters where the backend is not gloo
+                self(batch[0])
+
+    def losses(before):
+        L.seed_everything(5, verbose=False)
+        module = Watched(dropout=0.0)
+        t = trainer(tmp_path, devices=1, inference_mode=mode)
+        if before:
+            t.test(module, loader(16), verbose=False)
+        t.fit(module, loader())
+        return module.losses
+
+    assert losses(True) == losses(False)  # nothing of it stays in the layers
+    assert seen == [(False, False)] * 2
+
+
+def two_summary():
+    _, module = train(plain, callbacks=[ModelSummary(max_depth=2)], enable_model_summary=True)
+    return summarize(module).total_parameters
+
+
+def test_model_summary_counts_one_ranks_share(two):
+    layers = sum(p.numel() for layer in split_layers(train(plain)[1]).values() for p in layer.parameters())
+    whole = two_summary()
+    assert two(two_summary) == [whole - layers // 2] * 2
+
+
+# Data
+
+
+def test_combined_loaders():
+    class Both(Net):
+        def training_step(self, batch, batch_idx):
+            self.keys = sorted(batch)
+            return super().training_step(batch["a"], batch_idx) + super().training_step(batch["b"], batch_idx)
+
+    loaders = CombinedLoader({"a": loader(48, batch_size=8), "b": loader(16, batch_size=4)}, "max_size_cycle")
+    t, module = train(lambda: Both(dropout=0.0), loaders=loaders)
+    assert module.keys == ["a", "b"] and t.global_step == 6
+
+
+def test_reload_dataloaders_every_n_epochs(tmp_path):
+    class Fresh(Net):
+        made = 0
+
+        def train_dataloader(self):
+            self.made += 1
+            return loader(16)
+
+    module = Fresh()
+    trainer(tmp_path, devices=1, max_epochs=4, reload_dataloaders_every_n_epochs=2).fit(module)
+    assert module.made == 2
+
+
+def test_datamodule(tmp_path):
+    class Data(L.LightningDataModule):
+        def train_dataloader(self):
+            return loader(16)
+
+        val_dataloader = train_dataloader
+
+    t = trainer(tmp_path, devices=1)
+    t.fit(plain(), datamodule=Data())
+    assert t.global_step == 2 and "val_loss" in t.callback_metrics
+
+
+# Callbacks and loggers that count devices
+
+
+def two_throughput():
+    logger = CSVLogger(shared_folder())
+    with recorded_warnings() as caught:
+        monitor = ThroughputMonitor(lambda batch: len(batch[0]), window_size=3)
+        train(plain, callbacks=[monitor], logger=logger, log_every_n_steps=1)
+        graph = message(train, plain, logger=TensorBoardLogger(tempfile.mkdtemp(), log_graph=True))
+    return [str(w.message) for w in caught if "ThroughputMonitor multiplies" in str(w.message)], graph
+
+
+def test_throughput_monitor(two):
+    assert not two_throughput()[0]
+    said = two(two_throughput)[0][0]
+    assert len(said) == 1 and "items per second by 2. What it logs under 'device' is right." in said[0]
+
+
+def test_a_logged_graph_is_refused(two):
+    assert two_throughput()[1] is None
+    for _, graph in two(two_throughput):
+        assert graph[0] == "PhantomError"
+        assert "TensorBoardLogger(log_graph=True) runs the model on rank 0 only, which would wait" in graph[1]
+
+
+def test_device_stats_monitor(tmp_path):
+    logger = CSVLogger(tmp_path, name="run", version=0)
+    train(plain, callbacks=[DeviceStatsMonitor(cpu_stats=True)], logger=logger, log_every_n_steps=1)
+    assert "cpu_percent" in (tmp_path / "run/version_0/metrics.csv").read_text()
+
+
+def test_pruning_is_refused():
+    with pytest.raises(PhantomError, match="ModelPruning would prune each rank's share of a layer"):
+        train(plain, callbacks=[ModelPruning("l1_unstructured", amount=0.5)])
+
+
+# Activation checkpointing and compilation
+
+
+class Recomputes(Net):
+    reentrant = True
+
+    def forward(self, x):
+        return self.tail(checkpoint(self.net, self.norm(x), use_reentrant=self.reentrant))
+
+
+class RecomputesOtherwise(Recomputes):
+    reentrant = False
+
+
+class Wrapped(Net):
+    def __init__(self):
+        super().__init__()
+        self.net = checkpoint_wrapper(self.net)
+
+
+def two_activation_checkpointing():
+    return [train(make)[1].losses for make in (Net, Recomputes, RecomputesOtherwise, Wrapped)]
+
+
+def test_activation_checkpointing(two):
+    alone = two_activation_checkpointing()
+    assert alone[0] == alone[1] == alone[2] == alone[3] != train(plain)[1].losses
+    for without, reentrant, otherwise, wrapped in two(two_activation_checkpointing):
+        assert without == reentrant == otherwise == wrapped == pytest.approx(alone[0], rel=1e-5)
+
+
+def two_wrapped_checkpoint():
+    """A module inside torch's wrapper has other names than the keys of its state dict."""
+    folder = shared_folder()
+    t, module = train(Wrapped, folder=folder)
+    t.save_checkpoint(f"{folder}/a.ckpt")
+    expected = densify(module).state_dict()
+    saved = torch.load(f"{folder}/a.ckpt", weights_only=True)["state_dict"]
+    resumed = train(Wrapped, max_epochs=2, ckpt_path=f"{folder}/a.ckpt")[1].losses
+    Net().load_state_dict(saved)
+    return all(torch.equal(saved[name], value) for name, value in expected.items()), resumed
+
+
+def test_checkpoints_of_an_activation_checkpoint_wrapper(two):
+    expected = train(Wrapped, max_epochs=2)[1].losses[6:]
+    for same, losses in (two_wrapped_checkpoint(), *two(two_wrapped_checkpoint)):
+        assert same and losses == pytest.approx(expected, rel=1e-4)
+
+
+compiled = set()
+
+
+def backend(graph, inputs):
+    """Remembers what was compiled, and runs it as it is."""
+    compiled.update(str(node.target) for node in graph.graph.nodes if node.op.startswith("call"))
+    return graph.forward
+
+
+class FeedForward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.drop, self.down = nn.Linear(16, 32), nn.Dropout(0.2), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return self.down(self.drop(nn.functional.gelu(self.up(x)) * 2))
+
+
+class Uncompiled(Net):
+    def __init__(self):
+        super().__init__()
+        self.net = FeedForward()
+
+
+class Compiled(Uncompiled):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.compile(self.net, backend=backend)
+
+
+class CompiledInPlace(Uncompiled):
+    def __init__(self):
+        super().__init__()
+        self.net.compile(backend=backend)
+
+
+def two_compile():
+    folder = shared_folder()
+    seen = {}
+    for make in (Compiled, CompiledInPlace):
+        torch._dynamo.reset()
+        compiled.clear()
+        t, module = train(make, folder=folder)
+        path = f"{folder}/{make.__name__}.ckpt"
+        t.save_checkpoint(path)
+        saved = torch.load(path, weights_only=True)["state_dict"]
+        expected = {key.replace("_orig_mod.", ""): value for key, value in densify(module).state_dict().items()}
+        renamed = {key.replace("_orig_mod.", ""): value for key, value in saved.items()}
+        dense = all(torch.equal(renamed[name], value) for name, value in expected.items())
+        resumed = train(make, max_epochs=2, ckpt_path=path)[1].losses
+        seen[make.__name__] = (
+            module.losses,
+            resumed,
+            dense,
+            sorted(saved)[0],
+            len(split_layers(module)),
+            set(compiled),
+        )
+    return seen
+
+
+def test_compiled_submodules(two):
+    expected = train(Uncompiled, max_epochs=2)[1].losses
+    between = {"<built-in function gelu>", "<built-in function mul>"}
+    for ranks, seen in (1, two_compile()), *((2, seen) for seen in two(two_compile)):
+        for name, key in (("Compiled", "net._orig_mod.down.bias"), ("CompiledInPlace", "net.down.bias")):
+            losses, resumed, dense, first, layers, operations = seen[name]
+            assert losses == pytest.approx(expected[:6], rel=1e-4)
+            assert resumed == pytest.approx(expected[6:], rel=1e-4)
+            assert dense and layers == 2 and first == key
+            # What lies between the phantom layers, and on one rank they too; never the dropout.
+            products = {operation for operation in operations if "bmm" in operation}
+            assert bool(products) == (ranks == 1) and not any("bernoulli" in operation for operation in operations)
+            assert operations == between if ranks > 1 else operations > between
+
+
+class Silent(Net):
+    """Logs nothing."""
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
+def test_a_compiled_lightning_module():
+    """Lightning's own self.log does not compile with this torch, under any strategy; without it the module does."""
+
+    def run(make, strategy):
+        torch._dynamo.reset()
+        module = make()
+        train(lambda: torch.compile(module, backend="aot_eager"), strategy=strategy)
+        return weights(module)
+
+    without = train(lambda: Silent(dropout=0.0))[1]
+    L.seed_everything(5, verbose=False)
+    assert_same(weights(without), [run(lambda: Silent(dropout=0.0), PhantomStrategy(num_blocks=4))])
+    failures = {message(run, plain, s)[0] for s in ("auto", PhantomStrategy(num_blocks=4))}
+    assert failures == {"InternalTorchDynamoError"}
+
+
+# How modules come to be
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_init_module(tmp_path, empty):
+    """Empty weights would be trained on, so they are filled all the same."""
+    L.seed_everything(5, verbose=False)
+    t = trainer(tmp_path, devices=1, precision="64-true")
+    with t.init_module(empty_init=empty):
+        module = plain()
+    assert module.net[0].weight.dtype == torch.float64 and 0 < module.net[0].weight.std() < 1
+    t.fit(module, loader(dtype=torch.float64))
+    assert all(0 < loss < 5 for loss in module.losses)
+
+
+class OnMeta(Net):
+    """Attention, an embedding and a head tied to it, beside a chain: all without storage at first."""
+
+    def __init__(self):
+        super().__init__(dropout=0.0)
+        self.net = None
+
+    def configure_model(self):
+        if self.net is None:
+            with torch.device("meta"):
+                self.net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
+                self.attention = nn.MultiheadAttention(16, 2)
+                self.table, self.head = nn.Embedding(7, 16), nn.Linear(16, 7, bias=False)
+                self.head.weight = self.table.weight
+
+    def forward(self, x):
+        x = x + self.table(x.argmax(-1) % 7) + self.attention(x[None], x[None], x[None])[0][0]
+        return super().forward(x) + self.head(x).mean()
+
+
+def test_configure_model_and_meta_devices(tmp_path, monkeypatch):
+    # Lightning's demos give it this name, which torch does not.
+    monkeypatch.delattr(nn.MultiheadAttention, "reset_parameters", raising=False)
+    _, late = train(Late)
+    assert isinstance(late.net[0], PhantomLinear)
+    _, module = train(OnMeta, folder=tmp_path)
+    assert isinstance(module.net[0], PhantomLinear) and not any(p.is_meta for p in module.parameters())
+    assert module.head.weight is module.table.weight
+    assert all(0 < loss < 10 for loss in module.losses)
+    fresh = OnMeta()
+    fresh.configure_model()
+    materialise(fresh, torch.device("cpu"))
+    assert fresh.attention.out_proj.bias.abs().max() == 0  # as its own constructor would have it
+
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(5))
+
+    class NoReset(OnMeta):
+        def configure_model(self):
+            super().configure_model()
+            with torch.device("meta"):
+                self.scale = Scale()
+
+    with pytest.raises(PhantomError, match=r"'scale' \(Scale\) is on the meta device and has no reset_parameters"):
+        train(NoReset)
+
+
+@pytest.fixture
+def wikitext(tmp_path, monkeypatch):
+    """The file that Lightning's demo would download."""
+    (tmp_path / "data").mkdir()
+    lines = [" ".join(f"w{i * j % 60}" for j in range(20)) for i in range(120)]
+    (tmp_path / "data/wikitext-2.txt").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_demo_transformer(tmp_path, wikitext):
+    def fit(plan):
+        L.seed_everything(5, verbose=False)
+        module = LightningTransformer(vocab_size=64)
+        t = trainer(tmp_path, devices=1, strategy=PhantomStrategy(num_blocks=4, plan=plan), limit_train_batches=4)
+        t.fit(module)
+        return list(split_layers(module))
+
+    blocks = [f"model.transformer.{part}.layers.{n}" for part in ("encoder", "decoder") for n in (0, 1)]
+    assert fit(None) == [f"{block}.linear{n}" for block in blocks for n in (1, 2)]
+    assert fit({"model.decoder": "phantom"}) == ["model.decoder"]
+
+
+def test_boring_model(tmp_path):
+    with pytest.raises(PlanError, match="nothing in BoringModel qualifies as a phantom layer, so training would"):
+        trainer(tmp_path, devices=1).fit(BoringModel())
+
+
+# What must agree between ranks
+
+
+class Drifts(Net):
+    def on_train_batch_end(self, *args):
+        with torch.no_grad():
+            self.tail[1].bias += 1e-3 * self.trainer.global_rank
+
+
+def two_replica_checks():
+    def run(make, check, **kwargs):
+        strategy = PhantomStrategy(num_blocks=4, check_replicas=check)
+        L.seed_everything(5, verbose=False)
+        t = trainer(tempfile.gettempdir(), strategy=strategy, max_steps=3)
+        return message(t.fit, make(), loader(**kwargs))
+
+    seed = dist.get_rank() if dist.is_initialized() else 0
+    return {
+        "batches": run(plain, "auto", seed=seed),
+        "drift": run(Drifts, True),
+        "batches unchecked": run(plain, False, seed=seed),
+        "drift unchecked": run(Drifts, False),
+        "fine": run(Net, True),
+    }
+
+
+def test_ranks_that_differ_are_named(two):
+    for seen in two(two_replica_checks):
+        assert seen["batches"] == (
+            "PhantomError",
+            "the ranks of one replica got different training batches. They must load the same samples in the same "
+            "order and augment them alike: seed with seed_everything(..., workers=True), and let your own sampler use "
+            "trainer.distributed_sampler_kwargs. First difference: 'batch[0]', ranks [0] against [1].",
+        )
+        assert seen["drift"] == (
+            "PhantomError",
+            "the ranks of one replica hold different values of a parameter that they should share. Something in "
+            "training_step or an optimizer hook depends on the rank or on an unseeded generator. First difference: "
+            "'tail.1.bias', ranks [0] against [1].",
+        )
+        assert seen["batches unchecked"] is seen["drift unchecked"] is seen["fine"] is None
+
+
+# The page
+
+
+def test_every_row_has_its_test_and_every_test_its_row():
+    page = (ROOT / "docs/features.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| Feature")]
+    named = [re.findall(r"`(?:(\w+)\.py::)?(test_\w+)`", row.split("|")[-2]) for row in rows]
+    assert len(rows) > 50 and all(named), [row for row, names in zip(rows, named, strict=True) if not names]
+    tests = {}
+    for file in {file or Path(__file__).stem for names in named for file, _ in names}:
+        (path,) = (ROOT / "tests").rglob(f"{file}.py")
+        tree = ast.parse(path.read_text())
+        tests[file] = {
+            node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name[:5] == "test_"
+        }
+    mine = Path(__file__).stem
+    missing = {(file, test) for names in named for file, test in names if test not in tests[file or mine]}
+    assert not missing
+    assert tests[mine] - {test for names in named for file, test in names if not file} == {
+        "test_every_row_has_its_test_and_every_test_its_row"
+    }
+    for row in rows:
+        assert row.split("|")[2].strip().split(" ")[0].rstrip(",:;") in {"works", "refused"}, row
