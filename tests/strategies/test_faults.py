@@ -14,7 +14,8 @@ import torch
 from background import RUNS, bad_end
 from training import Net, loader, trainer
 
-from lightning_phantom import PhantomStrategy, files
+from lightning_phantom import PhantomStrategy
+from lightning_phantom.checkpoints import files
 from lightning_phantom.checkpoints.files import (
     AtomicCheckpointIO,
     checksum,
