@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from lightning_phantom.errors import PhantomError
 
-PLAN_WORDS = ("phantom", "colwise", "rowwise", "sharded", "skip")
+PLAN_WORDS = ("phantom", "skip")
 INITS = ("auto", "from_dense", "random", "block_diagonal")
 STYLES = ("megatron", "layerwise")
 
@@ -23,9 +23,8 @@ class PhantomConfig:
         phantom_width: k, the number of features that each block sends to the others. An `int` is k itself, clamped
             to the largest useful one of each layer; a `float` f in (0, 1] gives
             `max(1, floor(f * min(in_features, out_features) / p))`.
-        plan: `{"glob of module name": word}` with the words `"phantom"`, `"colwise"`, `"rowwise"`, `"sharded"` and
-            `"skip"`; later entries win over earlier ones and unnamed layers stay dense. `None` finds the
-            feed-forward chains.
+        plan: `{"glob of module name": word}` with the words `"phantom"` and `"skip"`; later entries win over earlier
+            ones and unnamed layers stay dense. `None` finds the feed-forward networks.
         init: `"from_dense"` (the best phantom approximation of the dense weights), `"random"`, `"block_diagonal"`, or
             `"auto"`: `"from_dense"` where weights exist and `"random"` on the meta device.
         seed: seeds the random initialisations, together with the layer's name and the block's index.
@@ -44,8 +43,8 @@ class PhantomConfig:
     seed: int = 0
 
     layer_kind: ClassVar[str] = "phantom"
+    is_exact: ClassVar[bool] = False
     parts_name: ClassVar[str] = "num_blocks"
-    in_pairs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not is_int(self.num_blocks) or self.num_blocks < 2:
@@ -65,6 +64,10 @@ class PhantomConfig:
         """The number of equal parts that the features of a layer are cut into: p."""
         return self.num_blocks
 
+    def decision(self, depth: int) -> str:
+        """What a plan calls a layer that is swapped, with `depth` others before it in its FFN."""
+        return "phantom"
+
     def width_of(self, in_features: int, out_features: int) -> int | None:
         """The phantom width k of a layer of these sizes."""
         return resolve_phantom_width(self.phantom_width, in_features, out_features, self.num_blocks)
@@ -79,7 +82,7 @@ class TensorParallelConfig:
 
     Args:
         num_ranks: R, between which every swapped layer is split.
-        plan: as in `PhantomConfig`; `"phantom"` asks for the best proven layout here, too.
+        plan: as in `PhantomConfig`; what it calls `"phantom"` is swapped here, too.
         style: `"megatron"`, pairs of a column- and a row-parallel layer with one all-reduce each way, or
             `"layerwise"`, column-parallel layers that gather their input and scatter the sum of its gradient.
         seed: seeds the weights of layers on the meta device, together with the layer's name.
@@ -94,6 +97,7 @@ class TensorParallelConfig:
     seed: int = 0
 
     layer_kind: ClassVar[str] = "tensor-parallel"
+    is_exact: ClassVar[bool] = True
     parts_name: ClassVar[str] = "num_ranks"
     init: ClassVar[str] = "from_dense"
 
@@ -109,10 +113,9 @@ class TensorParallelConfig:
         """The number of equal parts that the features of a layer are cut into: R."""
         return self.num_ranks
 
-    @property
-    def in_pairs(self) -> bool:
-        """Whether layers form pairs that meet the ranks once, Megatron's way."""
-        return self.style == "megatron"
+    def decision(self, depth: int) -> str:
+        """How a layer with `depth` others before it in its FFN is cut: in Megatron's pairs by column, then by row."""
+        return "rowwise" if self.style == "megatron" and depth % 2 else "colwise"
 
     def width_of(self, in_features: int, out_features: int) -> None:
         """None: an exact layer has no phantom width."""
@@ -163,7 +166,7 @@ def check_plan_words(plan: object) -> None:
             f"plan={plan!r}: needs a mapping from globs of module names to words, like {{'net.*': 'phantom'}}."
         )
     if not plan:
-        raise PhantomError("plan={}: names no layer. Pass None to have the feed-forward chains found.")
+        raise PhantomError("plan={}: names no layer. Pass None to have the feed-forward networks found.")
     for glob, word in plan.items():
         if not isinstance(glob, str) or word not in PLAN_WORDS:
             raise PhantomError(

@@ -1,18 +1,19 @@
-"""Carries a plan out: puts layers split over ranks where linears were, and takes them out again."""
+"""Carries a plan out: linears become layers split over ranks, in place, and plain ones again in a copy."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_phantom.config import Config, PhantomConfig, TensorParallelConfig
-from lightning_phantom.distributed.comm import Ranks, broadcast
+from lightning_phantom.config import Config, PhantomConfig
+from lightning_phantom.distributed.comm import broadcast
+from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import PhantomError, PlanError
-from lightning_phantom.layers.chain import Chain, ShardedDropout
 from lightning_phantom.layers.dense import features, make_linear, oriented
 from lightning_phantom.layers.factors import block_diagonal
 from lightning_phantom.layers.phantom import PhantomLinear
@@ -22,9 +23,15 @@ from lightning_phantom.plan import transformer
 from lightning_phantom.plan.finder import plan_phantom
 from lightning_phantom.plan.record import Plan, PlannedLayer
 
+Replaced = Callable[[nn.Parameter, SplitLinear], None]
+
 
 def phantomize_(module: nn.Module, config: PhantomConfig, process_group: dist.ProcessGroup | None = None) -> nn.Module:
     """Put the feed-forward linears of `module` into phantom-parallel layout, in place, and return it.
+
+    The linears stay the objects they are, and become `PhantomLinear`s: whatever refers to one runs the new layer. On
+    several ranks each of them reads its own batches, and its gradients are those of its own loss (average them over the
+    ranks, as DistributedDataParallel does); those of the layers are of the ranks' mean loss already.
 
     Args:
         module: any module; the same architecture on every rank of the group. The weights of the group's first rank
@@ -61,8 +68,12 @@ def carry_out(
     plan: Plan,
     process_group: dist.ProcessGroup | None,
     source_group: dist.ProcessGroup | None,
+    on_replaced: Replaced = lambda parameter, layer: None,
 ) -> None:
-    """Swap the layers of `plan`, starting from the weights of the first rank of `source_group`."""
+    """Swap the layers of `plan`, starting from the weights of the first rank of `source_group`.
+
+    `on_replaced` is told of each dense weight whose place a layer's parameters have taken.
+    """
     config, ranks = plan.config, Ranks(process_group)
     if config.parts % ranks.size:
         raise PhantomError(
@@ -71,35 +82,33 @@ def carry_out(
         )
     _check_weights(module, plan)
     swapped: dict[str, SplitLinear] = {}
-    for layer in plan.swapped:
-        linear = module.get_submodule(layer.name)
-        swapped[layer.name] = _split_layer(linear, layer, config, process_group, source_group)
-        _replace(module, linear, swapped[layer.name])
-    dropouts: dict[nn.Dropout, list[tuple[Chain, tuple[bool, ...]]]] = {}
-    for proven in plan.chains:
-        chain = Chain(proven.owner, proven.members)
-        opaque = [module.get_submodule(name) for name in proven.opaque]
-        chain.attach(module.get_submodule(proven.owner), opaque)
-        for name in proven.members:
-            swapped[name].chain = chain
-        for group in plan.siblings(proven):
-            for name in group:
-                others = tuple(swapped[other] for other in group if other != name)
-                swapped[name].siblings = (swapped[name], *others)
-        whole = {None, *plan.replicated(proven)}
-        for name, values in proven.dropouts:
-            dropout, sharded = module.get_submodule(name), tuple(value not in whole for value in values)
-            assert isinstance(dropout, nn.Dropout)
-            if any(sharded) and config.parts > 1:
-                dropouts.setdefault(dropout, []).append((chain, sharded))
-    for dropout, uses in dropouts.items():
-        _replace(module, dropout, ShardedDropout(dropout, uses, config.parts, ranks))
+    for planned in plan.swapped:
+        linear: Any = module.get_submodule(planned.name)
+        dense = [p for p in (linear.weight, linear.bias) if p is not None]
+        split = _split_layer(linear, planned, config, process_group, source_group)
+        swapped[planned.name] = _become(linear, split)
+        for parameter in dense:
+            on_replaced(parameter, swapped[planned.name])
+    for names in plan.siblings():
+        group = tuple(swapped[name] for name in names)
+        for layer in group:
+            layer.siblings = group
     transformer.switch_off(module, SplitLinear)
+
+
+def _become(module: nn.Module, other: nn.Module) -> Any:
+    """Make `module` what `other` is, so that every reference to it refers to that."""
+    module.__class__ = type(other)
+    vars(module).clear()
+    vars(module).update(vars(other))
+    if isinstance(module, SplitLinear):
+        module.siblings = (module,)
+    return module
 
 
 def _check_weights(module: nn.Module, plan: Plan) -> None:
     """Raise PlanError for weights that no phantom layer can start from, before the first layer is swapped."""
-    if isinstance(plan.config, TensorParallelConfig):
+    if plan.config.is_exact:
         return  # which copies weights, whatever they are
     for layer in plan.swapped:
         weight = module.get_submodule(layer.name).weight
@@ -117,38 +126,37 @@ def _check_weights(module: nn.Module, plan: Plan) -> None:
 
 @torch.no_grad()
 def _split_layer(
-    linear: nn.Module,
+    linear: Any,
     planned: PlannedLayer,
     config: Config,
     process_group: dist.ProcessGroup | None,
     source_group: dist.ProcessGroup | None,
 ) -> SplitLinear:
-    bias: Any = linear.bias
-    weight = oriented(linear.weight, type(linear))  # type: ignore[arg-type]
-    input_layout, output_layout = planned.layouts
+    bias: Tensor | None = linear.bias
+    weight = oriented(linear.weight, type(linear))
     kind: dict[str, Any] = {
         "bias": bias is not None,
         "process_group": process_group,
-        "input_layout": input_layout,
-        "output_layout": output_layout,
         "dense_class": type(linear),
         "device": "meta",
         "dtype": weight.dtype,
     }
     split: SplitLinear
-    if isinstance(config, TensorParallelConfig):
-        split = ParallelLinear(*features(linear), config.style, **kind)
+    if planned.phantom_width is None:
+        split = ParallelLinear(*features(linear), CUTS[planned.decision], **kind)
     else:
-        assert planned.phantom_width is not None
-        split = PhantomLinear(*features(linear), config.num_blocks, planned.phantom_width, **kind)
+        split = PhantomLinear(*features(linear), config.parts, planned.phantom_width, **kind)
     split.name, split.init_seed = planned.name, config.seed
     split.train(linear.training)
     if not weight.is_meta:
         split.to_empty(device=weight.device)
         _fill(split, weight, bias, config, source_group)
     for name, parameter in split.named_parameters(recurse=False):
-        parameter.requires_grad_((bias if name == "bias" else weight).requires_grad)
+        parameter.requires_grad_((linear.bias if name == "bias" else linear.weight).requires_grad)
     return split
+
+
+CUTS = {"colwise": "column", "rowwise": "row"}
 
 
 def _fill(
@@ -173,18 +181,11 @@ def _fill(
         split.load_dense(weight, bias)
 
 
-def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` under every name that `old` has in `root`."""
-    for module in list(root.modules()):
-        for name in [name for name, child in module._modules.items() if child is old]:
-            setattr(module, name, new)
-
-
 def densify(module: nn.Module) -> nn.Module:
     """Return a copy of `module` with plain layers again: the same function, the original classes and dtypes.
 
-    A phantom or tensor-parallel layer becomes what it was put in the place of (`nn.Linear`, or GPT-2's `Conv1D`), with
-    its dense weight. Collective when layers are shared between ranks; every rank gets the whole module.
+    A phantom or tensor-parallel layer becomes what it was before (`nn.Linear`, or GPT-2's `Conv1D`), with its dense
+    weight. Collective when layers are shared between ranks; every rank gets the whole module.
 
     Args:
         module: what `phantomize_` or a strategy has swapped layers of; it is not changed.
@@ -198,20 +199,10 @@ def densify(module: nn.Module) -> nn.Module:
         <class 'torch.nn.modules.linear.Linear'>
     """
     dense = copy.deepcopy(module)
-    chains = {id(m.chain): m.chain for m in dense.modules() if isinstance(m, SplitLinear) and m.chain is not None}
-    for chain in chains.values():
-        chain.detach()
-    for name, layer in list(dense.named_modules()):
-        if isinstance(layer, SplitLinear):
-            plain: nn.Module = _dense_layer(layer)
-        elif isinstance(layer, ShardedDropout):
-            plain = nn.Dropout(layer.p, layer.inplace)
-        else:
-            continue
+    for layer in [m for m in dense.modules() if isinstance(m, SplitLinear)]:
+        plain = _dense_layer(layer)
         plain.train(layer.training)
-        if not name:
-            return plain
-        _replace(dense, layer, plain)
+        _become(layer, plain)
     transformer.restore(dense)
     return dense
 

@@ -22,7 +22,7 @@ from lightning_phantom.config import PhantomConfig, resolve_phantom_width
 from lightning_phantom.conversion.calibrate import Moments, calibrated
 from lightning_phantom.conversion.report import ConversionReport, ConvertedLayer
 from lightning_phantom.cost.count import phantom_weights
-from lightning_phantom.distributed.comm import Ranks
+from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import CheckpointError
 from lightning_phantom.layers.factors import Blocks, Factors, from_dense, merge, to_dense
 from lightning_phantom.layers.phantom import FACTORS

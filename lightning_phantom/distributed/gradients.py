@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_phantom.distributed.comm import Ranks
+from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.distributed.shards import Split
 
 

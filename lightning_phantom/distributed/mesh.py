@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_phantom.distributed.comm import Ranks
+from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import PhantomError
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from lightning_phantom.distributed.comm import Ranks, broadcast, within_reach
+from lightning_phantom.distributed.comm import broadcast, within_reach
+from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import PhantomError
 
 FIRST_BATCHES = 2  # of each kind (training, validation, ...) in a run

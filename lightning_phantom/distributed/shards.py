@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_phantom.distributed.comm import Ranks, within_reach
+from lightning_phantom.distributed.ranks import Ranks
 
 
 class Split(NamedTuple):
@@ -27,8 +27,7 @@ class Split(NamedTuple):
 
     def gather(self, shard: Tensor) -> Tensor:
         """The whole tensor, on every rank; collective."""
-        parts: Tensor = self.ranks.all_gather(within_reach(shard, self.ranks.process_group))()
-        return torch.cat(tuple(parts), self.dim).to(shard.device)
+        return torch.cat(tuple(self.ranks.gather_shards(shard)), self.dim).to(shard.device)
 
     def gather_to_first(self, shard: Tensor) -> Tensor | None:
         """The whole tensor in host memory on the first rank, None on the others; collective."""

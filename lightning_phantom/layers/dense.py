@@ -21,6 +21,23 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(type(module))
 
 
+@torch.no_grad()
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a linear computes what `nn.Linear` does: `Conv1D`, and subclasses that leave it be or say the same."""
+    if is_conv1d(type(module)) or type(module).forward is nn.Linear.forward:
+        return True
+    weight, bias = module.weight, module.bias
+    if not isinstance(weight, Tensor) or weight.is_meta or weight.dim() != 2 or not weight.is_floating_point():
+        return False
+    x = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(2, -1)
+    try:
+        y = type(module).forward(module, x)
+    except Exception:  # a forward of the user's own, which may want anything
+        return False
+    expected = nn.functional.linear(x, weight, bias)  # type: ignore[arg-type]
+    return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
 def features(linear: Any) -> tuple[int, int]:
     """The widths of a linear's input and output."""
     return (linear.nx, linear.nf) if is_conv1d(type(linear)) else (linear.in_features, linear.out_features)

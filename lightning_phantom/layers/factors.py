@@ -7,7 +7,6 @@ Every function returns the rows of one group member: blocks `first .. first + q 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import NamedTuple
 
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_phantom.config import resolve_phantom_width
-from lightning_phantom.distributed.comm import Ranks
+from lightning_phantom.distributed.ranks import Ranks
+from lightning_phantom.layers.seeds import generator_of
 
 DEAD = 1e-6  # singular values below this share of a block column's largest carry nothing worth a column of D
 
@@ -55,8 +55,7 @@ class Blocks(NamedTuple):
 
     def generator(self, block: int) -> torch.Generator:
         """The CPU generator of one block; it knows nothing of ranks, so neither does the model."""
-        digest = hashlib.blake2b(f"{self.seed}/{self.name}/{block}".encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+        return generator_of(self.seed, self.name, block)
 
 
 def from_dense(weight: Tensor, blocks: Blocks, ranks: Ranks) -> Factors:

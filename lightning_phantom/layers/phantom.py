@@ -18,8 +18,10 @@ Backward, with d_i the gradient at z_i, g_j = C_j x_j and h_j = sum over i != j 
 
     dL_i = d_i^T x_i    dD_ij = d_i^T g_j    dC_j = h_j^T x_j    dx_j = L_j^T d_j + C_j^T h_j    db_i = d_i
 
-Traffic per layer: one all-gather of g forward and one reduce-scatter of h backward, q*k features of each token per
-rank. Both run while the products with L, which need nothing from elsewhere, are computed.
+x and z lie in feature layout here: the T tokens of the whole group, [T, q*m_in] and [T, q*m_out].
+
+Traffic per layer: one all-gather of g forward and one reduce-scatter of h backward, q*k features of each of the T
+tokens per rank. Both run while the products with L, which need nothing from elsewhere, are computed.
 """
 
 from __future__ import annotations
@@ -29,13 +31,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
 from lightning_phantom.config import check_phantom_width, is_int, resolve_phantom_width
-from lightning_phantom.distributed.comm import Ranks, gather, scatter
+from lightning_phantom.distributed.agreement import Rows
+from lightning_phantom.distributed.exchange import gather_latents
+from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers.factors import Blocks, Factors, from_dense, random_bias, random_factors, to_dense
-from lightning_phantom.layers.split import SplitLinear
+from lightning_phantom.layers.split import SplitLinear, differentiate
 
 FACTORS = ("weight", "compressor_weight", "decompressor_weight")
 
@@ -53,14 +58,12 @@ class PhantomLinear(SplitLinear):
         phantom_width: k, as an int or as a fraction of the block width (see `PhantomConfig`).
         bias: whether to learn an additive bias.
         process_group: the ranks that hold the layer between them; `None`: this process holds all of it.
-        input_layout: `"replicated"`, input [..., in], or `"sharded"`, input [..., in/R].
-        output_layout: `"replicated"`, output [..., out], or `"sharded"`, output [..., out/R].
         dense_class: the kind of layer that it stands for; dense state dicts are in that one's orientation.
         device: where the parameters live. On the meta device nothing is allocated.
         dtype: type of the parameters.
 
     Raises:
-        PhantomError: sizes that do not divide, or an unknown layout.
+        PhantomError: sizes that do not divide.
 
     Example:
         >>> layer = PhantomLinear(64, 32, num_blocks=4, phantom_width=2)
@@ -68,7 +71,8 @@ class PhantomLinear(SplitLinear):
         torch.Size([5, 32])
     """
 
-    method = "phantom"
+    kind = method = "phantom"
+    keeps_factors = True
     split_dims: Mapping[str, int] = dict.fromkeys(("weight", "compressor_weight", "decompressor_weight", "bias"), 0)
 
     compressor_weight: nn.Parameter
@@ -83,13 +87,11 @@ class PhantomLinear(SplitLinear):
         bias: bool = True,
         *,
         process_group: ProcessGroup | None = None,
-        input_layout: str = "replicated",
-        output_layout: str = "replicated",
         dense_class: type[nn.Module] = nn.Linear,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, process_group, input_layout, output_layout, dense_class)
+        super().__init__(in_features, out_features, process_group, dense_class)
         _check_sizes(in_features, out_features, num_blocks, self.ranks.size)
         check_phantom_width(phantom_width)
         self.num_blocks = num_blocks
@@ -120,17 +122,20 @@ class PhantomLinear(SplitLinear):
         """This rank's L, C, D and b."""
         return self.weight, self.compressor_weight, self.decompressor_weight, self.bias
 
-    def compute(self, layers: Sequence[PhantomLinear], x: Tensor, factors: Sequence[Any]) -> list[Tensor]:
-        """Apply `layers` to x [tokens, width]; see `SplitLinear`."""
-        if self.ranks.size == 1 and (torch.compiler.is_compiling() or not torch.is_grad_enabled()):
-            return [_mix(x, self.num_blocks, *factors[n : n + 4]) for n in range(0, len(factors), 4)]
-        if self.input_layout == "replicated":
-            x = scatter(x, self.ranks)
-        outputs = _Mix.apply(x, self.ranks, self.num_blocks, *factors)
-        return [
-            gather(z, layer.ranks) if layer.output_layout == "replicated" else z
-            for layer, z in zip(layers, outputs, strict=True)
-        ]
+    def alone(self, x: Tensor, factors: Sequence[Any]) -> Tensor:
+        """Apply the layer to x [tokens, in] in a process that holds all of it."""
+        plainly = not torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_transformed()
+        if plainly:
+            return _mix(x, self.ranks, None, "", self.num_blocks, *factors)
+        z: Tensor = _Mix.apply(x, self.ranks, None, "", self.num_blocks, *factors)[0]
+        return z
+
+    def among(
+        self, layers: Sequence[PhantomLinear], x: Tensor, rows: Rows, inside: bool, factors: Sequence[Any]
+    ) -> list[Tensor]:
+        """Apply `layers` to x [T, in/R]; see `SplitLinear`."""
+        what = f"latents of {self.name!r}"
+        return list(_Mix.apply(x, self.ranks, rows, what, self.num_blocks, *factors))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -169,12 +174,15 @@ class PhantomLinear(SplitLinear):
         """What a checkpoint must agree on with the layer that loads it."""
         return {**super().record(), "phantom_width": self.phantom_width}
 
+    def shared_record(self) -> dict[str, Any]:
+        """What all layers of one model have in common: p."""
+        return {"num_blocks": self.num_blocks}
+
     def extra_repr(self) -> str:
         """Describe the layer in `repr`."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"num_blocks={self.num_blocks}, phantom_width={self.phantom_width}, ranks={self.ranks.size}, "
-            f"{self.input_layout} -> {self.output_layout}"
+            f"num_blocks={self.num_blocks}, phantom_width={self.phantom_width}, ranks={self.ranks.size}"
         )
 
 
@@ -191,28 +199,47 @@ def _check_sizes(in_features: int, out_features: int, num_blocks: int, num_ranks
         )
 
 
-def _mix(x: Tensor, p: int, local: Tensor, c: Tensor, d: Tensor, bias: Tensor | None) -> Tensor:
-    """What `_Mix` computes for one layer on one process, as operations that compilers know.
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which know operations but not `_Mix`."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _mix(
+    x: Tensor,
+    ranks: Ranks,
+    rows: Rows | None,
+    what: str,
+    p: int,
+    local: Tensor,
+    c: Tensor,
+    d: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """What `_Mix` computes for one layer, as operations that compilers and transforms know, with any gradient.
 
     Without gradients it also takes less time for a few tokens, as in decoding: fewer views are made.
     """
-    xs = _features(x, p)
-    g = torch.bmm(xs, _rows(c, p).mT).transpose(0, 1).flatten(1)
-    z = torch.baddbmm(torch.bmm(xs, _rows(local, p).mT), _of_others(g, range(p), p), _rows(d, p).mT)
+    q, held = p // ranks.size, range(p)[ranks.slice_of(p)]
+    xs = _features(x, q)
+    g_own = torch.bmm(xs, _rows(c, q).mT).transpose(0, 1).flatten(1)
+    g = gather_latents(g_own, ranks, rows, what).transpose(0, 1).flatten(1) if ranks.size > 1 else g_own
+    z = torch.baddbmm(torch.bmm(xs, _rows(local, q).mT), _of_others(g, held, p), _rows(d, q).mT)
     z = z.transpose(0, 1).flatten(1)
     return z if bias is None else z + bias
 
 
 class _Mix(torch.autograd.Function):
-    """The operator of the module's docstring, for one or more layers that read the same x [tokens, in/R].
+    """The operator of the module's docstring, for one or more layers that read the same x [T, in/R].
 
-    `factors` holds L, C, D and b (or None) of each layer in turn, and one z [tokens, out/R] comes back for each. The
-    layers' latents travel side by side in one collective. The q blocks of this rank are the batch dimension of every
-    product: activations [tokens, q*w] are seen as [q, tokens, w], factors [q*rows, w] as [q, rows, w].
+    `factors` holds L, C, D and b (or None) of each layer in turn, and one z [T, out/R] comes back for each. The layers'
+    latents travel side by side in one collective. The q blocks of this rank are the batch dimension of every product:
+    activations [T, q*w] are seen as [q, T, w], factors [q*rows, w] as [q, rows, w].
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: Ranks, p: int, *factors: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, ranks: Ranks, rows: Rows | None, what: str, p: int, *factors: Any
+    ) -> tuple[Tensor, ...]:
         q, held = p // ranks.size, range(p)[ranks.slice_of(p)]
         layers = [factors[n : n + 4] for n in range(0, len(factors), 4)]
         widths = [c.shape[0] for _, c, _, _ in layers]  # q*k
@@ -221,7 +248,7 @@ class _Mix(torch.autograd.Function):
         g_own = x.new_empty(x.shape[0], sum(widths))
         for (_, c, _, _), g in zip(layers, g_own.split(widths, 1), strict=True):
             torch.bmm(xs, _rows(c, q).mT, out=_features(g, q))
-        g_all = ranks.all_gather(g_own)
+        g_all = ranks.all_gather(g_own, rows, what)
 
         zs = [x.new_empty(x.shape[0], local.shape[0]) for local, *_ in layers]
         for (local, *_), z in zip(layers, zs, strict=True):
@@ -234,20 +261,21 @@ class _Mix(torch.autograd.Function):
             if bias is not None:
                 z += bias
 
-        ctx.ranks, ctx.p = ranks, p
+        ctx.among = ranks, rows, what, p
         ctx.save_for_backward(x, *gs, *factors)
         return tuple(zs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *dzs: Tensor) -> tuple[Tensor | None, ...]:
-        ranks, p = ctx.ranks, ctx.p
+        if torch.is_grad_enabled():
+            return _Mix.differentiable_backward(ctx, *dzs)
+        ranks, rows, what, p = ctx.among
         q, held = p // ranks.size, range(p)[ranks.slice_of(p)]
         x, *saved = ctx.saved_tensors
         gs, factors = saved[: len(dzs)], saved[len(dzs) :]
         layers = [factors[n : n + 4] for n in range(0, len(factors), 4)]
         widths = [c.shape[0] for _, c, _, _ in layers]
-        needs_x, _, _, *needs = ctx.needs_input_grad
+        needs_x, _, _, _, _, *needs = ctx.needs_input_grad
         needs_h = needs_x or any(needs[1::4])
         xs, ds = _features(x, q), [_features(dz, q) for dz in dzs]
 
@@ -257,7 +285,7 @@ class _Mix(torch.autograd.Function):
                 for d_z, (_, _, d, _) in zip(ds, layers, strict=True)
             ]
             h_all = torch.cat([h.unflatten(1, (ranks.size, -1)).transpose(0, 1) for h in hs], dim=2)
-            h_own = ranks.reduce_scatter(h_all)
+            h_own = ranks.reduce_scatter(h_all, rows, f"gradient: {what}")
 
         grads: list[Tensor | None] = [None] * len(factors)
         dx = torch.empty_like(x) if needs_x else None
@@ -278,7 +306,20 @@ class _Mix(torch.autograd.Function):
                     grads[4 * n + 1] = torch.bmm(h_blocks.mT, xs).view_as(c)
                 if dx is not None:
                     _accumulate(dx, h_blocks, _rows(c, q))
-        return (dx, None, None, *grads)
+        return (dx, None, None, None, None, *grads)
+
+    @staticmethod
+    def differentiable_backward(ctx: Any, *dzs: Tensor) -> tuple[Tensor | None, ...]:
+        """The same as operations that have gradients themselves."""
+        x, *saved = ctx.saved_tensors
+        factors = saved[len(dzs) :]
+
+        def mix(x: Tensor, *factors: Any) -> list[Tensor]:
+            return [_mix(x, *ctx.among, *factors[n : n + 4]) for n in range(0, len(factors), 4)]
+
+        needs_x, _, _, _, _, *needs = ctx.needs_input_grad
+        dx, *grads = differentiate(mix, (x, *factors), (needs_x, *needs), dzs)
+        return (dx, None, None, None, None, *grads)
 
 
 def _features(x: Tensor, q: int) -> Tensor:

@@ -5,43 +5,49 @@ What trains, clips, compares and saves a model asks nothing else of a layer than
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from lightning_phantom.distributed.comm import Ranks
+from lightning_phantom.distributed.agreement import Rows
+from lightning_phantom.distributed.exchange import to_features
+from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.distributed.shards import Split
-from lightning_phantom.errors import LayoutError, PhantomError
-from lightning_phantom.layers.chain import Chain
+from lightning_phantom.errors import LayoutError
+from lightning_phantom.layers.activation import Place, ShardedActivation, version_of
 from lightning_phantom.layers.dense import is_conv1d, oriented
-
-LAYOUTS = ("replicated", "sharded")
 
 
 class SplitLinear(nn.Linear):
     """A linear layer that R ranks hold between them. A subclass makes the parameters and calls `reset_parameters`.
 
+    Outside, a rank has its own tokens with all features; inside, the group's tokens with its own features. A layer reads
+    either, and for R > 1 returns the latter as a `ShardedActivation`, which passes for the former everywhere.
+
     Args:
         in_features: width of the input, all ranks together.
         out_features: width of the output, all ranks together.
         process_group: the ranks; `None`: this process holds all of it.
-        input_layout: `"replicated"`, input [..., in], or `"sharded"`, input [..., in/R].
-        output_layout: `"replicated"`, output [..., out], or `"sharded"`, output [..., out/R].
         dense_class: the kind of layer whose place it takes; dense state dicts are in that one's orientation.
 
     Attributes:
-        method: the name of the strategy that makes such layers.
+        kind: what users call such layers.
+        method: the name of the strategy that makes them.
+        keeps_factors: whether checkpoints need more than the dense weight to restore one.
         split_dims: the dimension along which each parameter is split; those left out are whole on every rank.
         name: full name of the layer in the module that it was put into.
-        chain: the chain it is a member of.
-        siblings: the layers that read the same input and so share its collectives, itself first.
+        siblings: the layers that read the same input and so share its exchange, itself among them.
         init_seed: seeds `reset_parameters`; None follows torch's generator.
     """
 
+    kind: ClassVar[str]
     method: ClassVar[str]
+    keeps_factors: ClassVar[bool] = False
     split_dims: Mapping[str, int]
 
     def __init__(
@@ -49,43 +55,44 @@ class SplitLinear(nn.Linear):
         in_features: int,
         out_features: int,
         process_group: ProcessGroup | None,
-        input_layout: str,
-        output_layout: str,
         dense_class: type[nn.Module],
     ) -> None:
         nn.Module.__init__(self)
-        for layout in (input_layout, output_layout):
-            if layout not in LAYOUTS:
-                raise PhantomError(f"layout {layout!r}: choose 'replicated' or 'sharded'.")
         self.ranks = Ranks(process_group)
         self.in_features = in_features
         self.out_features = out_features
-        self.input_layout = input_layout
-        self.output_layout = output_layout
         self.dense_class = dense_class
         self.name = ""
-        self.chain: Chain | None = None
         self.siblings: tuple[SplitLinear, ...] = (self,)
         self.init_seed: int | None = None
 
     # What a subclass defines
 
     def factors(self) -> tuple[Tensor | None, ...]:
-        """The parameters that `compute` takes, as many for every layer of the class."""
+        """The parameters that it computes with, as many for every layer of the class."""
         raise NotImplementedError
 
-    def compute(self, layers: Sequence[Any], x: Tensor, factors: Sequence[Any]) -> Sequence[Tensor]:
-        """Apply `layers`, this one and its siblings, to x [tokens, width].
+    def alone(self, x: Tensor, factors: Sequence[Any]) -> Tensor:
+        """Apply the layer to x [tokens, in] in a process that holds all of it."""
+        raise NotImplementedError
+
+    def among(self, layers: Sequence[Any], x: Tensor, rows: Rows, inside: bool, factors: Sequence[Any]) -> list[Tensor]:
+        """Apply `layers`, this one and its siblings, where ranks hold them between them.
 
         Args:
             layers: layers of this class that read x.
-            x: in the layers' input layout.
+            x: the group's tokens [T, in/R] if `inside`, else own tokens [t, in].
+            rows: the tokens of each rank.
+            inside: see x.
             factors: those of all layers, one layer after the other.
 
         Returns:
-            The output of each layer, [tokens, width], in its output layout.
+            The output of each layer, [T, out/R] (or, if `leaves`, [t, out]).
         """
         raise NotImplementedError
+
+    enters = True  # whether a plain input is to be brought inside for `among`
+    leaves = False  # whether the output is in token layout
 
     def local_state(self, weight: Tensor | None, bias: Tensor | None) -> dict[str, Tensor]:
         """This rank's parameters, by name, for a dense weight [out, in], as near as can be, and bias [out]."""
@@ -104,6 +111,10 @@ class SplitLinear(nn.Linear):
             "bias": self.bias is not None,
             **turned,
         }
+
+    def shared_record(self) -> dict[str, Any]:
+        """What all layers of one model have in common, for a checkpoint to agree on."""
+        return {}
 
     # What all have in common
 
@@ -137,26 +148,64 @@ class SplitLinear(nn.Linear):
             self.get_parameter(name).copy_(tensor)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map [..., in] to [..., out], or this rank's share of either where the layout is sharded."""
-        if not torch.compiler.is_compiling():
-            return self._forward(input)
-        # Collectives do not compile. A layer that one process holds does; and as the two layouts are the same there, a
-        # chain's guard has nothing to guard.
-        return self._uncompiled(input) if self.ranks.size > 1 else _run((self,), input)[0]
+        """Map [..., in] to [..., out]."""
+        if self.ranks.size == 1:
+            x, factors = _cast(input, self.factors())
+            rows = input.shape[:-1].numel()
+            return self.alone(x.reshape(rows, input.shape[-1]), factors).reshape(*input.shape[:-1], self.out_features)
+        # Collectives do not compile; what one process holds does.
+        return self._uncompiled(input) if torch.compiler.is_compiling() else self._among_ranks(input)
 
-    def _forward(self, input: Tensor) -> Tensor:
-        if self.chain is None:
-            return _run((self,), input)[0]
-        self.chain.require_running(self.name)
-        kept = self.chain.take(self.name, input)
-        if kept is not None:
-            return kept
-        mine, *others = _run(self.siblings, input)
-        for sibling, output in zip(self.siblings[1:], others, strict=True):
-            self.chain.keep(sibling.name, input, output)
-        return mine
+    def _among_ranks(self, input: Tensor) -> Tensor:
+        if isinstance(input, ShardedActivation) and input.local is None:
+            input = input.whole(self.name)
+        last: Last | None = self.ranks.agreement.last
+        if last is None or not last.is_of(input):
+            last = self._read(input)
+        z, versions = last.outputs.pop(self, (None, ()))
+        if z is None or versions != self._versions():
+            layers = () if last.outputs else tuple(layer for layer in self.siblings if layer is not self)
+            layers = (self, *layers)
+            x, factors = _cast(last.x, [t for layer in layers for t in layer.factors()])
+            z, *others = self.among(layers, x, last.rows, last.inside, factors)
+            for layer, output in zip(layers[1:], others, strict=True):
+                last.outputs[layer] = output, layer._versions()
+        shape = (*input.shape[:-1], self.out_features)
+        if self.leaves:
+            return z.reshape(shape)
+        return ShardedActivation.wrap(z, shape, Place(self.ranks, last.rows, self.name))
 
-    _uncompiled = torch.compiler.disable(_forward)
+    def _read(self, input: Tensor) -> Last:
+        """Bring an input inside, and remember it for the layers that read it next."""
+        if input.shape[-1] != self.in_features:
+            raise LayoutError(
+                f"{self.name or type(self).__name__}: the input is {list(input.shape)}, but its last size must be "
+                f"in_features={self.in_features}."
+            )
+        if isinstance(input, ShardedActivation) and input.place.ranks.process_group is self.ranks.process_group:
+            assert input.local is not None
+            last = Last(weakref.ref(input, self._forget), version_of(input), _mode(input), input.local, input.place.rows)
+        else:
+            plain = input.whole(self.name) if isinstance(input, ShardedActivation) else input
+            n = plain.shape[:-1].numel()
+            x = _cast(plain, ())[0].reshape(n, self.in_features)
+            rows = self.ranks.agreement.enter(self.name, n, f"{x.shape[1]} {x.dtype}")
+            if self.enters:
+                x = to_features(x, self.ranks, rows, f"entry of {self.name!r}")
+            reference = weakref.ref(input, self._forget)
+            last = Last(reference, version_of(input), _mode(input), x, rows, inside=self.enters)
+        self.ranks.agreement.last = last
+        return last
+
+    def _versions(self) -> tuple[int | None, ...]:
+        return tuple(version_of(t) for t in self.factors() if t is not None)
+
+    def _forget(self, reference: weakref.ref[Tensor]) -> None:
+        last = self.ranks.agreement.last
+        if last is not None and last.input is reference:
+            self.ranks.agreement.last = None
+
+    _uncompiled = torch.compiler.disable(_among_ranks)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         weight = state_dict.get(f"{prefix}weight")
@@ -199,18 +248,55 @@ def sharded_parameters(module: nn.Module) -> dict[int, Split]:
     return found
 
 
-def _run(layers: tuple[SplitLinear, ...], x: Tensor) -> list[Tensor]:
-    """Apply layers that read the same input, with one collective each way for all of them."""
-    first = layers[0]
-    width = first.in_features // (first.ranks.size if first.input_layout == "sharded" else 1)
-    if x.shape[-1] != width:
-        raise LayoutError(
-            f"{first.name or type(first).__name__}: the input is {list(x.shape)}, but its last size must be {width} "
-            f"(in_features={first.in_features}, {first.input_layout}, {first.ranks.size} ranks)."
-        )
-    factors: list[Any] = [t for layer in layers for t in layer.factors()]
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, *factors = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *factors))
-    outputs = first.compute(layers, x.reshape(-1, width), factors)
-    return [z.reshape(*x.shape[:-1], z.shape[-1]) for z in outputs]
+@dataclass(frozen=True)
+class Last:
+    """The input that layers of a group have read last, so that others that read it too need no exchange of their own.
+
+    Attributes:
+        input: what was read.
+        version: of the input, when it was read.
+        mode: under which it was read.
+        x: [T, in/R] if `inside`, else [t, in].
+        rows: the tokens of each rank.
+        inside: see x.
+        outputs: of siblings that were computed together and have not been called yet, with their weights' versions.
+    """
+
+    input: weakref.ref[Tensor]
+    version: int | None
+    mode: tuple[object, ...]
+    x: Tensor
+    rows: Rows
+    inside: bool = True
+    outputs: dict[SplitLinear, tuple[Tensor, tuple[int | None, ...]]] = field(default_factory=dict)
+
+    def is_of(self, input: Tensor) -> bool:
+        """Whether `input` is the one that was read, unchanged, and would be read alike now."""
+        return self.input() is input and self.version == version_of(input) and self.mode == _mode(input)
+
+
+def _mode(x: Tensor) -> tuple[object, ...]:
+    """What decides how an input is read: autograd, autocast, and whether a checkpoint is being recomputed."""
+    autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    return torch.is_grad_enabled(), x.requires_grad, autocast, torch._C._current_graph_task_id()
+
+
+def _cast(x: Tensor, factors: Sequence[Any]) -> tuple[Tensor, list[Any]]:
+    """Bring x and the factors to autocast's type, where it is on."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, list(factors)
+    dtype = torch.get_autocast_dtype(x.device.type)
+    x, *cast = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *factors))
+    return x, cast
+
+
+def differentiate(
+    compute: Callable[..., Sequence[Tensor]], inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The gradients of `compute(*inputs)`, None where not needed, as values that have gradients themselves.
+
+    For backwards that are differentiated again (`create_graph=True`): the forward is computed once more.
+    """
+    wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(compute(*inputs), wanted, grads, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needed]

@@ -1,23 +1,22 @@
 """The tensor-parallel layer: the dense layer, exactly, its weight cut along one dimension.
 
-With R ranks, x [tokens, in] and z = x W^T + b [tokens, out]:
+R ranks, of which each has t of the group's T tokens. Outside a layer it has them with all features, inside the group's
+tokens with its own features (Megatron's sequence parallelism), so nothing outside is computed twice:
 
-| cut | W on one rank | b on one rank | x | z |
+| cut | W on one rank | b on one rank | reads | returns |
 |---|---|---|---|---|
-| column | [out/R, in] | [out/R] | replicated, or sharded and gathered | sharded, or gathered |
-| row | [out, in/R] | [out] | sharded | replicated |
+| column | [out/R, in] | [out/R] | [t, in], gathered to [T, in]; or [T, in/R], gathered likewise | [T, out/R] |
+| row | [out, in/R] | [out] | [T, in/R] | [t, out] |
 
-    column:  z_r = x W_r^T + b_r         dx = sum over r of dz_r W_r    dW_r = dz_r^T x    db_r = dz_r
-    row:     z = sum over r of x_r W_r^T + b    dx_r = dz W_r           dW_r = dz^T x_r    db = dz
+    column:  z_r = x W_r^T + b_r                  dx = sum over r of dz_r W_r    dW_r = dz_r^T x    db_r = dz_r
+    row:     z = sum over r of x_r W_r^T + b      dx_r = dz W_r                  dW_r = dz^T x_r    db = dz
 
-Traffic: a column layer sums dx over the ranks: one all-reduce where x is replicated, a reduce-scatter where it is
-sharded, in which case it also gathers x forward. A row layer sums z, one all-reduce. What is summed backward travels
-while dW is computed; what is gathered forward, while this rank's own share of x is multiplied.
+Traffic: a column layer gathers x and scatters the sum of dx, a row layer scatters the sum of z and gathers dz. What is
+gathered travels while this rank's own share of it is multiplied; what is summed backward, while dW is computed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,12 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn.functional import linear
 
-from lightning_phantom.config import STYLES
-from lightning_phantom.distributed.comm import Ranks, gather
+from lightning_phantom.distributed.agreement import Rows
+from lightning_phantom.distributed.exchange import gather_latents, gather_tokens, sum_tokens
+from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers.dense import is_conv1d, oriented
-from lightning_phantom.layers.split import SplitLinear
+from lightning_phantom.layers.seeds import generator_of
+from lightning_phantom.layers.split import SplitLinear, differentiate
+
+CUTS = ("column", "row")
 
 
 class ParallelLinear(SplitLinear):
@@ -39,18 +43,15 @@ class ParallelLinear(SplitLinear):
     Args:
         in_features: width of the input, all ranks together; R divides it.
         out_features: width of the output, all ranks together; R divides it.
-        style: `"megatron"`: the weight is cut by row where the input is sharded and the output replicated, and by
-            column elsewhere; or `"layerwise"`: by column everywhere.
+        cut: `"column"`, by output feature, or `"row"`, by input feature.
         bias: whether to learn an additive bias.
         process_group: the ranks that hold the layer between them; `None`: this process holds all of it.
-        input_layout: `"replicated"`, input [..., in], or `"sharded"`, input [..., in/R].
-        output_layout: `"replicated"`, output [..., out], or `"sharded"`, output [..., out/R].
         dense_class: the kind of layer that it stands for, in whose orientation the weight is kept.
         device: where the parameters live. On the meta device nothing is allocated.
         dtype: type of the parameters.
 
     Raises:
-        PhantomError: sizes that R does not divide, an unknown style or layout.
+        PhantomError: sizes that R does not divide, or an unknown cut.
 
     Example:
         >>> layer = ParallelLinear(64, 32)
@@ -58,31 +59,28 @@ class ParallelLinear(SplitLinear):
         torch.Size([5, 32])
     """
 
+    kind = "tensor-parallel"
     method = "tensor_parallel"
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
-        style: str = "megatron",
+        cut: str = "column",
         bias: bool = True,
         *,
         process_group: ProcessGroup | None = None,
-        input_layout: str = "replicated",
-        output_layout: str = "replicated",
         dense_class: type[nn.Module] = nn.Linear,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, process_group, input_layout, output_layout, dense_class)
+        super().__init__(in_features, out_features, process_group, dense_class)
         size = self.ranks.size
-        if style not in STYLES:
-            raise PhantomError(f"style={style!r}: choose one of {', '.join(map(repr, STYLES))}.")
+        if cut not in CUTS:
+            raise PhantomError(f"cut={cut!r}: choose one of {', '.join(map(repr, CUTS))}.")
         if in_features % size or out_features % size:
             raise PhantomError(f"a layer of {in_features} -> {out_features} features does not divide by {size} ranks.")
-        row = style == "megatron" and (input_layout, output_layout) == ("sharded", "replicated")
-        self.style: str = style
-        self.cut = "row" if row else "column"
+        self.cut, row = cut, cut == "row"
         turned = is_conv1d(dense_class)
         self.split_dims: Mapping[str, int] = {"weight": int(row != turned)} | ({} if row else {"bias": 0})
         rows, columns = (out_features, in_features // size) if row else (out_features // size, in_features)
@@ -98,15 +96,29 @@ class ParallelLinear(SplitLinear):
         """This rank's W and b."""
         return oriented(self.weight, self.dense_class), self.bias
 
-    def compute(self, layers: Sequence[ParallelLinear], x: Tensor, factors: Sequence[Any]) -> list[Tensor]:
-        """Apply `layers` to x [tokens, width]; see `SplitLinear`."""
-        if self.ranks.size == 1:
-            return [nn.functional.linear(x, *factors[n : n + 2]) for n in range(0, len(factors), 2)]
-        outputs = _Multiply.apply(x, self.ranks, self.cut, self.input_layout, *factors)
-        return [
-            gather(z, layer.ranks) if layer.cut == "column" and layer.output_layout == "replicated" else z
-            for layer, z in zip(layers, outputs, strict=True)
-        ]
+    @property
+    def enters(self) -> bool:  # type: ignore[override]
+        """Whether a plain input is to be brought to feature layout."""
+        return self.cut == "row"
+
+    @property
+    def leaves(self) -> bool:  # type: ignore[override]
+        """Whether the output is in token layout."""
+        return self.cut == "row"
+
+    def alone(self, x: Tensor, factors: Sequence[Any]) -> Tensor:
+        """Apply the layer to x [tokens, in] in a process that holds all of it."""
+        return linear(x, *factors)
+
+    def among(
+        self, layers: Sequence[ParallelLinear], x: Tensor, rows: Rows, inside: bool, factors: Sequence[Any]
+    ) -> list[Tensor]:
+        """Apply `layers` to x, [T, in/R] if `inside` and else [t, in]; see `SplitLinear`."""
+        if self.cut == "row":
+            outputs = _Row.apply(x, self.ranks, rows, f"sum of {self.name!r}", *factors)
+        else:
+            outputs = _Column.apply(x, self.ranks, rows, f"input of {self.name!r}", inside, *factors)
+        return list(outputs)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -117,8 +129,7 @@ class ParallelLinear(SplitLinear):
         bound = 1 / math.sqrt(self.in_features)
         drawn = {}
         for name, shape in (("weight", (self.out_features, self.in_features)), ("bias", (self.out_features,))):
-            digest = hashlib.blake2b(f"{seed}/{self.name}/{name}".encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+            generator = generator_of(seed, self.name, name)
             drawn[name] = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
         self.load_dense(drawn["weight"], drawn["bias"])
 
@@ -135,70 +146,152 @@ class ParallelLinear(SplitLinear):
         """Describe the layer in `repr`."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"style={self.style}, cut={self.cut}, ranks={self.ranks.size}, {self.input_layout} -> {self.output_layout}"
+            f"cut={self.cut}, ranks={self.ranks.size}"
         )
 
 
-class _Multiply(torch.autograd.Function):
-    """The products of the module's docstring, for one or more layers of one cut that read the same x [tokens, width].
+class _Column(torch.autograd.Function):
+    """Column-parallel layers that read the same x: W and b (or None) of each in turn, and a z [T, out/R] for each.
 
-    `factors` holds W and b (or None) of each layer in turn, and one z comes back for each. Where x is sharded and
-    gathered, it is never joined: the S = R shares xs [S, tokens, width/S] are multiplied one by one with the columns of
-    W that they meet, [S, rows, width/S]. Elsewhere S = 1.
+    Of the R shares of x, tokens of other ranks [t_s, in] or features of other ranks [T, in/R], each is multiplied as it
+    is; this rank's own while the others arrive.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: Ranks, cut: str, input_layout: str, *factors: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, ranks: Ranks, rows: Rows, what: str, inside: bool, *factors: Any
+    ) -> tuple[Tensor, ...]:
         layers = [factors[n : n + 2] for n in range(0, len(factors), 2)]
-        gathered = ranks.size > 1 and cut == "column" and input_layout == "sharded"
-        mine = ranks.rank if gathered else 0
-        shares = ranks.size if gathered else 1
-        arriving = ranks.all_gather(x) if gathered else lambda: x.unsqueeze(0)
-
-        zs, sums = [], []
-        for weight, bias in layers:
-            own = _columns(weight, shares)[mine].mT
-            zs.append(x @ own if bias is None or cut == "row" else torch.addmm(bias, x, own))
-            sums.append(ranks.sum(zs[-1]) if cut == "row" else None)
-        xs = arriving()
-        for (weight, bias), z, summed in zip(layers, zs, sums, strict=True):
-            for s in (s for s in range(shares) if s != mine):
-                torch.addmm(z, xs[s], _columns(weight, shares)[s].mT, out=z)
-            if summed is not None:
-                summed()
-                if bias is not None:
-                    z += bias
-
-        ctx.ranks, ctx.cut, ctx.gathered = ranks, cut, gathered
-        ctx.save_for_backward(xs, *factors[::2])
+        if inside:
+            arriving = ranks.all_gather(x, rows, what)
+            zs = [linear(x, _columns(weight, ranks.size)[ranks.rank], bias) for weight, bias in layers]
+            xs = arriving()  # [R, T, in/R]
+            for (weight, _), z in zip(layers, zs, strict=True):
+                for s in (s for s in range(ranks.size) if s != ranks.rank):
+                    torch.addmm(z, xs[s], _columns(weight, ranks.size)[s].mT, out=z)
+        else:
+            arriving = ranks.gather_tokens(x, rows, what)
+            own, zs = _own(rows, ranks), [x.new_empty(rows.total, weight.shape[0]) for weight, _ in layers]
+            for (weight, bias), z in zip(layers, zs, strict=True):
+                _multiply(x, weight, bias, z[own])
+            xs = arriving()  # [T, in]
+            for (weight, bias), z in zip(layers, zs, strict=True):
+                for others in (slice(0, own.start), slice(own.stop, None)):
+                    _multiply(xs[others], weight, bias, z[others])
+        ctx.among = ranks, rows, what, inside
+        ctx.save_for_backward(x, xs, *factors)
         return tuple(zs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *dzs: Tensor) -> tuple[Tensor | None, ...]:
-        ranks = ctx.ranks
-        xs, *weights = ctx.saved_tensors
-        needs_x, _, _, _, *needs = ctx.needs_input_grad
-        shares = len(xs)
-        ds = [dz.expand(shares, *dz.shape) for dz in dzs]
+        ranks, rows, what, inside = ctx.among
+        x, xs, *factors = ctx.saved_tensors
+        needs_x, _, _, _, _, *needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            def multiply(x: Tensor, *factors: Any) -> list[Tensor]:
+                return _column(x, ranks, rows, what, inside, *factors)
 
+            dx, *grads = differentiate(multiply, (x, *factors), (needs_x, *needs), dzs)
+            return (dx, None, None, None, None, *grads)
+
+        weights, back = factors[::2], f"gradient: {what}"
         if needs_x:
-            dx = torch.bmm(ds[0], _columns(weights[0], shares))
-            for d, weight in zip(ds[1:], weights[1:], strict=True):
-                torch.baddbmm(dx, d, _columns(weight, shares), out=dx)
-            if ctx.gathered:
-                summed = ranks.reduce_scatter(dx)
-            else:
-                summed = (ranks if ctx.cut == "column" else Ranks(None)).sum(dx[0])
-
-        grads: list[Tensor | None] = [None] * (2 * len(dzs))
-        for n, (dz, d, weight) in enumerate(zip(dzs, ds, weights, strict=True)):
-            if needs[2 * n]:
+            shares = ranks.size if inside else 1
+            dx = torch.bmm(dzs[0].expand(shares, *dzs[0].shape), _columns(weights[0], shares))
+            for dz, weight in zip(dzs[1:], weights[1:], strict=True):
+                torch.baddbmm(dx, dz.expand(shares, *dz.shape), _columns(weight, shares), out=dx)
+            if inside:  # dx: [R, T, in/R]
+                summed = ranks.reduce_scatter(dx, rows, back)
+            else:  # [1, T, in]
+                dx = dx[0]
+                summed = ranks.sum_tokens(dx, rows, back, 1 if rows.shared else ranks.size)
+        grads: list[Tensor | None] = [None] * len(factors)
+        for n, (dz, weight) in enumerate(zip(dzs, weights, strict=True)):
+            if needs[2 * n] and inside:
                 grads[2 * n] = d_weight = torch.empty_like(weight)
-                torch.bmm(d.mT, xs, out=_columns(d_weight, shares))
+                torch.bmm(dz.expand(len(xs), *dz.shape).mT, xs, out=_columns(d_weight, ranks.size))
+            elif needs[2 * n]:
+                grads[2 * n] = dz.mT @ xs
             if needs[2 * n + 1]:
                 grads[2 * n + 1] = dz.sum(0)
-        return (summed() if needs_x else None, None, None, None, *grads)
+        return (summed() if needs_x else None, None, None, None, None, *grads)
+
+
+class _Row(torch.autograd.Function):
+    """Row-parallel layers that read the same x [T, in/R]: W and b (or None) of each in turn, a z [t, out] for each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks, rows: Rows, what: str, *factors: Any) -> tuple[Tensor, ...]:
+        layers = [factors[n : n + 2] for n in range(0, len(factors), 2)]
+        sums = [ranks.sum_tokens(linear(x, weight), rows, what) for weight, _ in layers]
+        zs = [summed() if bias is None else summed() + bias for summed, (_, bias) in zip(sums, layers, strict=True)]
+        ctx.among = ranks, rows, what
+        ctx.save_for_backward(x, *factors)
+        return tuple(zs)
+
+    @staticmethod
+    def backward(ctx: Any, *dzs: Tensor) -> tuple[Tensor | None, ...]:
+        ranks, rows, what = ctx.among
+        x, *factors = ctx.saved_tensors
+        needs_x, _, _, _, *needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            def multiply(x: Tensor, *factors: Any) -> list[Tensor]:
+                return _row(x, ranks, rows, what, *factors)
+
+            dx, *grads = differentiate(multiply, (x, *factors), (needs_x, *needs), dzs)
+            return (dx, None, None, None, *grads)
+
+        scale, own = 1 if rows.shared else 1 / ranks.size, _own(rows, ranks)
+        arriving = [ranks.gather_tokens(dz, rows, f"gradient: {what}", scale) for dz in dzs]
+        grads: list[Tensor | None] = [None] * len(factors)
+        dx = torch.empty_like(x) if needs_x else None
+        for n, (dz, weight) in enumerate(zip(dzs, factors[::2], strict=True)):
+            mine = dz * scale
+            if dx is not None:
+                dx[own] = mine @ weight if n == 0 else dx[own] + mine @ weight
+            if needs[2 * n]:
+                grads[2 * n] = mine.mT @ x[own]
+            if needs[2 * n + 1]:
+                grads[2 * n + 1] = dz.sum(0)
+        for n, (dz, weight) in enumerate(zip(arriving, factors[::2], strict=True)):
+            d_all = dz()  # [T, out]
+            for others in (slice(0, own.start), slice(own.stop, None)):
+                if dx is not None:
+                    dx[others] = d_all[others] @ weight if n == 0 else dx[others] + d_all[others] @ weight
+                d_weight = grads[2 * n]
+                if d_weight is not None:
+                    d_weight.addmm_(d_all[others].mT, x[others])
+        return (dx, None, None, None, *grads)
+
+
+def _column(x: Tensor, ranks: Ranks, rows: Rows, what: str, inside: bool, *factors: Any) -> list[Tensor]:
+    """What `_Column` computes, as operations that have gradients of any order."""
+    if inside:
+        x = gather_latents(x, ranks, rows, what).transpose(0, 1).flatten(1)
+    else:
+        x = gather_tokens(x, ranks, rows, what)
+    return [linear(x, *factors[n : n + 2]) for n in range(0, len(factors), 2)]
+
+
+def _row(x: Tensor, ranks: Ranks, rows: Rows, what: str, *factors: Any) -> list[Tensor]:
+    """What `_Row` computes, as operations that have gradients of any order."""
+    sums = [sum_tokens(linear(x, weight), ranks, rows, what) for weight in factors[::2]]
+    return [z if bias is None else z + bias for z, bias in zip(sums, factors[1::2], strict=True)]
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight.mT, out=out)
+    else:
+        torch.addmm(bias, x, weight.mT, out=out)
+
+
+def _own(rows: Rows, ranks: Ranks) -> slice:
+    """Where this rank's own tokens are among the group's."""
+    if rows.shared:
+        return slice(0, rows.total)
+    start = sum(rows.counts[: ranks.rank])
+    return slice(start, start + rows.counts[ranks.rank])
 
 
 def _columns(weight: Tensor, shares: int) -> Tensor:

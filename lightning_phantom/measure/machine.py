@@ -22,7 +22,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
 
 from lightning_phantom.cost.count import ELEMENT_BYTES, Group, Layer
 from lightning_phantom.cost.predict import Machine, Work, exact_stages, phantom_stages
-from lightning_phantom.distributed.comm import Ranks
+from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers.phantom import PhantomLinear
 

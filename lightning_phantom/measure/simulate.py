@@ -21,7 +21,8 @@ from torch import Tensor
 
 from lightning_phantom.cost.count import Layer, layouts_in_pairs
 from lightning_phantom.cost.predict import in_layers
-from lightning_phantom.distributed.comm import Ranks, record_traffic
+from lightning_phantom.distributed.comm import record_traffic
+from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers.phantom import PhantomLinear
 from lightning_phantom.layers.split import SplitLinear

@@ -1,70 +1,17 @@
-"""What is known of a module before it is touched: the proven chains, and what happens to each linear."""
+"""What a plan says: what happens to each linear of a module, and the feed-forward networks they form."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Collection
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from lightning_phantom.config import Config
 from lightning_phantom.cost.count import Layer
-
-# The plan's words for a layer's layouts, of its input and its output.
-WORDS = {
-    ("replicated", "sharded"): "colwise",
-    ("sharded", "replicated"): "rowwise",
-    ("sharded", "sharded"): "sharded",
-    ("replicated", "replicated"): "phantom",
-}
-EXACT_WORDS = {**WORDS, ("replicated", "replicated"): "gathered"}
-
-
-@dataclass(frozen=True)
-class ProvenChain:
-    """A chain, proven in the forward of its owner. All names are full names, from the root module.
-
-    Attributes:
-        owner: the module whose forward was proven.
-        flows: each member with the value that it reads and the one that it writes, in the order of the forward. The
-            values inside the chain are numbered; None is a value that something else reads or writes.
-        siblings: groups of members that read the same value and so share their collectives.
-        dropouts: each nn.Dropout on the way, with the value that it reads in each call in the owner's forward.
-        opaque: what the owner calls that could not be traced; no member may run in there.
-    """
-
-    owner: str
-    flows: tuple[tuple[str, int | None, int | None], ...]
-    siblings: tuple[tuple[str, ...], ...] = ()
-    dropouts: tuple[tuple[str, tuple[int | None, ...]], ...] = ()
-    opaque: tuple[str, ...] = ()
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        """Names of the chain's linears, in the order of the forward."""
-        return tuple(name for name, _, _ in self.flows)
-
-    def layouts(self, replicated: Collection[int] = ()) -> dict[str, tuple[str, str]]:
-        """Input and output layout of each member, when all values inside but the `replicated` ones are sharded."""
-        whole = {None, *replicated}
-        return {
-            name: ("replicated" if read in whole else "sharded", "replicated" if written in whole else "sharded")
-            for name, read, written in self.flows
-        }
-
-    def between_pairs(self) -> frozenset[int]:
-        """The values that every rank holds whole in Megatron's pairs: those made from sharded ones."""
-        layouts: dict[int | None, str] = {None: "replicated"}
-        for _, read, written in self.flows:
-            layouts.setdefault(written, "sharded" if layouts[read] == "replicated" else "replicated")
-        return frozenset(value for value, layout in layouts.items() if value is not None and layout == "replicated")
-
-    def siblings_in_pairs(self) -> tuple[tuple[str, ...], ...]:
-        """The groups of siblings that share collectives in Megatron's pairs: those whose weights are cut alike."""
-        layouts = self.layouts(self.between_pairs())
-        rows = {name for name, both in layouts.items() if both == ("sharded", "replicated")}
-        groups = ([n for n in group if (n in rows) is row] for group in self.siblings for row in (True, False))
-        return tuple(tuple(group) for group in groups if len(group) > 1)
+from lightning_phantom.plan.structure import FFN
 
 
 @dataclass(frozen=True)
@@ -77,12 +24,12 @@ class PlannedLayer:
         out_features: its output width.
         bias: whether it has one.
         transposed: whether its weight is kept as [in, out].
-        decision: `"colwise"`, `"sharded"`, `"rowwise"`, `"phantom"` or, in a tensor-parallel plan, `"gathered"` (both
-            replicated at both ends), or `"skip"` when it stays as it is.
+        decision: `"phantom"`; in a tensor-parallel plan `"colwise"` or `"rowwise"`; or `"skip"`, it stays as it is.
         reason: why, in words.
         phantom_width: k, resolved for this layer; None when it stays dense.
         weights_before: parameters of the dense layer.
         weights_after: parameters after the swap, all ranks together.
+        warning: what a user should know, in words; empty if nothing.
     """
 
     name: str
@@ -95,17 +42,12 @@ class PlannedLayer:
     phantom_width: int | None
     weights_before: int
     weights_after: int
+    warning: str = ""
 
     @property
     def swapped(self) -> bool:
         """Whether the layer is replaced."""
         return self.decision != "skip"
-
-    @property
-    def layouts(self) -> tuple[str, str]:
-        """Input and output layout of a swapped layer."""
-        words = (*WORDS.items(), *EXACT_WORDS.items())
-        return next(layouts for layouts, word in words if word == self.decision)
 
 
 @dataclass(frozen=True)
@@ -115,49 +57,45 @@ class Plan:
     Attributes:
         config: the request it answers.
         layers: every linear of the module, in `named_modules` order.
-        chains: the proven chains among the swapped ones.
+        ffns: the feed-forward networks that the swapped ones form; one named alone is one by itself.
     """
 
     config: Config
     layers: tuple[PlannedLayer, ...]
-    chains: tuple[ProvenChain, ...]
+    ffns: tuple[FFN, ...]
 
     @property
     def swapped(self) -> tuple[PlannedLayer, ...]:
         """The layers that are replaced."""
         return tuple(layer for layer in self.layers if layer.swapped)
 
-    def replicated(self, chain: ProvenChain) -> frozenset[int]:
-        """The values inside a chain that every rank holds whole: none, but in Megatron's pairs."""
-        return chain.between_pairs() if self.config.in_pairs else frozenset()
-
-    def siblings(self, chain: ProvenChain) -> tuple[tuple[str, ...], ...]:
-        """The groups of a chain's members that share their collectives."""
-        return chain.siblings_in_pairs() if self.config.in_pairs else chain.siblings
+    def siblings(self) -> list[tuple[str, ...]]:
+        """The groups of swapped layers that read the same value, and are cut alike."""
+        decisions = {layer.name: layer.decision for layer in self.swapped}
+        groups = [group.names for ffn in self.ffns for group in ffn.groups]
+        return [names for names in groups if len(names) > 1 and len({decisions[name] for name in names}) == 1]
 
     def cost_layers(self) -> list[Layer]:
-        """The swapped layers as `estimate_cost` takes them: chain by chain in forward order, then the lone ones."""
+        """The swapped layers as `estimate_cost` takes them: FFN by FFN, in the order of the forward."""
         by_name = {layer.name: layer for layer in self.swapped}
-        riders = {name for chain in self.chains for group in chain.siblings for name in group[1:]}
-        pair_riders = {name for chain in self.chains for group in chain.siblings_in_pairs() for name in group[1:]}
-        layouts = {name: both for chain in self.chains for name, both in chain.layouts().items()}
-        pairs = {name: both for chain in self.chains for name, both in chain.layouts(chain.between_pairs()).items()}
-        lone = ("replicated", "replicated")
         return [
             Layer(
                 by_name[name].in_features,
                 by_name[name].out_features,
                 by_name[name].bias,
-                *layouts.get(name, lone),
-                shares_input=name in riders,
+                enters=group.enters,
+                leaves=group.leaves,
+                shares_input=n > 0,
                 phantom_width=by_name[name].phantom_width,
-                in_pairs=(*pairs.get(name, lone), name in pair_riders),
+                depth=group.depth,
             )
-            for name in dict.fromkeys([*layouts, *by_name])
+            for ffn in self.ffns
+            for group in ffn.groups
+            for n, name in enumerate(group.names)
         ]
 
     def __rich__(self) -> Any:
-        """Render the plan as a rich table."""
+        """Render the plan as a rich table, repeated layers in one row."""
         from rich.table import Table
 
         linears = f"{len(self.swapped)} of {len(self.layers)} linears"
@@ -166,16 +104,17 @@ class Plan:
         for column in ("linear", "in", "out", "decision", "k", "weights before", "after"):
             table.add_column(column, justify="left" if column in ("linear", "decision") else "right", no_wrap=True)
         table.add_column("reason", overflow="fold")
-        for layer in self.layers:
+        for alike in _folded(self.layers):
+            layer = alike[0]
             table.add_row(
-                layer.name,
+                _name_of_all([each.name for each in alike]),
                 str(layer.in_features),
                 str(layer.out_features),
                 layer.decision,
                 "-" if layer.phantom_width is None else str(layer.phantom_width),
-                f"{layer.weights_before:,}",
-                f"{layer.weights_after:,}",
-                layer.reason,
+                f"{sum(each.weights_before for each in alike):,}",
+                f"{sum(each.weights_after for each in alike):,}",
+                _numberless(layer.reason) if len(alike) > 1 else layer.reason,
             )
         table.add_section()
         before = sum(layer.weights_before for layer in self.layers)
@@ -193,6 +132,36 @@ class Plan:
         return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
 
 
-def join(owner: str, name: str) -> str:
-    """The full name of what `owner` calls `name`."""
-    return ".".join(part for part in (owner, name) if part)
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+
+
+def _numberless(text: str) -> str:
+    return _NUMBER.sub("*", text)
+
+
+def _folded(layers: Sequence[PlannedLayer]) -> list[list[PlannedLayer]]:
+    """Gather the linears that are alike but for the numbers in their names, in the order of the first of each."""
+
+    def looks(layer: PlannedLayer) -> tuple[object, ...]:
+        sizes = layer.in_features, layer.out_features, layer.bias, layer.decision, layer.phantom_width
+        return (_numberless(layer.name), *sizes, _numberless(layer.reason))
+
+    groups: dict[object, list[PlannedLayer]] = {}
+    for layer in layers:
+        groups.setdefault(looks(layer), []).append(layer)
+    return list(groups.values())
+
+
+def _name_of_all(names: Sequence[str]) -> str:
+    """One name for names that differ in numbers: `layers.{0-23}.mlp.up`."""
+    parts = zip(*(name.split(".") for name in names), strict=True)
+    return ".".join(column[0] if len(set(column)) == 1 else _numbers({int(c) for c in column}) for column in parts)
+
+
+def _numbers(found: set[int]) -> str:
+    """{0-23}, or {0-3,5} where some are missing."""
+    runs = []
+    for _, run in groupby(enumerate(sorted(found)), key=lambda pair: pair[1] - pair[0]):
+        values = [value for _, value in run]
+        runs.append(str(values[0]) if len(values) == 1 else f"{values[0]}-{values[-1]}")
+    return "{" + ",".join(runs) + "}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_phantom.distributed.comm import Ranks
+from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import PhantomError
 
 

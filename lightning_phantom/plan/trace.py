@@ -1,0 +1,137 @@
+"""One torch.fx trace of a module's forward: which linears hand values to which, and read the same one."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import random
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from lightning_phantom.layers.dense import is_linear
+from lightning_phantom.layers.elementwise import TABLE, is_elementwise_module
+
+_METHODS = frozenset(TABLE.values())
+_OPERATORS = frozenset("add sub mul truediv pow neg abs floordiv mod pos".split())
+_NORMS = tuple(
+    getattr(nn, name)
+    for name in "LayerNorm RMSNorm GroupNorm BatchNorm1d BatchNorm2d SyncBatchNorm PReLU GLU".split()
+    if hasattr(nn, name)
+)
+
+
+class Flow(NamedTuple):
+    """One call of a linear.
+
+    Attributes:
+        name: of the linear, from the traced module.
+        sources: the linears whose outputs its input is made from, by elementwise operations and norms alone.
+        reads: what it reads; equal for those that read the same value.
+        leaves: whether something else reads what is made from its output.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    reads: object
+    leaves: bool
+
+
+def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
+    """The calls of `linears` in the forward of a module, in order; None where it cannot be traced.
+
+    The forward runs once, on stand-ins for tensors; what it changes is put back.
+    """
+    try:
+        with _untouched(module), _without_cycles():
+            graph = _Tracer(linears).trace(module, _defaults(module))
+    except Exception:  # user code meets stand-ins here: anything can be raised
+        return None
+    sources: dict[fx.Node, tuple[str, ...]] = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target in linears:
+            sources[node] = (node.target,)
+        elif node.all_input_nodes and _by_feature(node, module):
+            made = [sources.get(read, ()) for read in node.all_input_nodes]
+            if all(made):
+                sources[node] = tuple(dict.fromkeys(name for names in made for name in names))
+    calls = [node for node in graph.nodes if node.op == "call_module" and node.target in linears]
+    leaving = {
+        name
+        for node in graph.nodes
+        for read in node.all_input_nodes
+        if node not in sources
+        for name in sources.get(read, ())
+    }
+    return [
+        Flow(str(node.target), sources.get(node.all_input_nodes[0], ()), node.all_input_nodes[0], node.target in leaving)
+        for node in calls
+        if node.all_input_nodes
+    ]
+
+
+def _by_feature(node: fx.Node, root: nn.Module) -> bool:
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        return is_elementwise_module(module) or isinstance(module, _NORMS) or _is_activation(module)
+    name = getattr(node.target, "__name__", str(node.target))
+    if node.op == "call_method":
+        return name in _METHODS
+    return node.op == "call_function" and (node.target in TABLE or name in _OPERATORS)
+
+
+def _is_activation(module: nn.Module) -> bool:
+    """Whether it is an activation function, by its name: it holds nothing."""
+    return type(module).__name__.lower().endswith(("activation", "gelu", "relu", "silu")) and not list(
+        module.parameters()
+    )
+
+
+class _Tracer(fx.Tracer):
+    """Looks into modules that hold linears, and into no other."""
+
+    def __init__(self, linears: Collection[str]) -> None:
+        super().__init__()
+        self._linears = linears
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_linear(m) or not any(name.startswith(f"{module_qualified_name}.") for name in self._linears)
+
+
+def _defaults(module: nn.Module) -> dict[str, Any]:
+    """Optional arguments, as a call leaves them."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+@contextmanager
+def _without_cycles() -> Iterator[None]:
+    """Free what is left in cycles, as by fx where a forward unpacks a value: the frames of all its callers."""
+    enabled = gc.isenabled()
+    gc.disable()  # so that all that is made here stays young, and is all that is looked at
+    try:
+        yield
+    finally:
+        gc.collect(0)
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def _untouched(module: nn.Module) -> Iterator[None]:
+    """Undo what a traced forward leaves behind: attributes it sets, lists it appends to, numbers it draws."""
+    attributes = [vars(m) for m in module.modules()]
+    kept: list[tuple[Any, Any]] = [(a, dict(a)) for a in attributes]
+    kept += [(v, v.copy()) for a in attributes for v in a.values() if type(v) in (dict, list, set)]
+    random_state, python_state = torch.get_rng_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(random_state)
+        random.setstate(python_state)
+        for changed, before in kept:
+            changed.clear()
+            (changed.extend if type(changed) is list else changed.update)(before)
