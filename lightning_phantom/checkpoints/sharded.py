@@ -25,13 +25,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
-from lightning_phantom.checkpoints.files import checksum
 from lightning_phantom.checkpoints.full import (
     describe,
     held_keys,
     optimizer_to_names,
     replace_model_states,
 )
+from lightning_phantom.checkpoints.versions import checksum
 from lightning_phantom.distributed.shards import Split
 from lightning_phantom.errors import CheckpointError
 from lightning_phantom.layers.split import split_layers

@@ -16,10 +16,11 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_phantom.checkpoints.files import check_records, on_disk
+from lightning_phantom.checkpoints.files import check_records
 from lightning_phantom.checkpoints.full import VERSION, method_of
 from lightning_phantom.config import PhantomConfig, resolve_phantom_width
 from lightning_phantom.conversion.calibrate import Moments, calibrated
+from lightning_phantom.conversion.on_disk import on_disk
 from lightning_phantom.conversion.report import ConversionReport, ConvertedLayer
 from lightning_phantom.cost.count import phantom_weights
 from lightning_phantom.distributed.comm import Ranks

@@ -16,16 +16,9 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_phantom.checkpoints import full, sharded
-from lightning_phantom.checkpoints.files import (
-    AtomicCheckpointIO,
-    discard,
-    is_local,
-    make_place,
-    place_for,
-    publish,
-    verify,
-)
+from lightning_phantom.checkpoints.files import AtomicCheckpointIO, is_local
 from lightning_phantom.checkpoints.rng import rng_states, set_rng_states
+from lightning_phantom.checkpoints.versions import discard, make_place, place_for, publish, verify
 from lightning_phantom.distributed.mesh import Mesh
 from lightning_phantom.errors import CheckpointError
 

@@ -16,8 +16,10 @@ from converting import CONFIG, Small, SmallData
 from torch import nn
 from training import trainer
 
-from lightning_phantom import PhantomStrategy, calibrate, conversion
+from lightning_phantom import PhantomStrategy
 from lightning_phantom.commands.cli import main
+from lightning_phantom.conversion import calibrate
+from lightning_phantom.conversion import checkpoints as conversion
 from lightning_phantom.conversion.calibrate import Moments, calibrated, improve_columns, record_inputs, refit
 from lightning_phantom.distributed.comm import Ranks
 from lightning_phantom.layers.factors import Blocks, Factors, from_dense, merge, random_factors, to_dense
