@@ -289,3 +289,17 @@ class _Gather(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _slice(grad, ctx.ranks), None
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """What each rank of `group`, or of the world, holds, by rank; anything that can be pickled. Not counted."""
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def broadcast_object(value: Any) -> Any:
+    """What the world's first rank holds; anything that can be pickled. Not counted."""
+    held = [value]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]

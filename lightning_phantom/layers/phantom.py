@@ -69,6 +69,8 @@ class PhantomLinear(SplitLinear):
     """
 
     method = "phantom"
+    kind = "phantom"
+    keeps_factors = True
     split_dims: Mapping[str, int] = dict.fromkeys(("weight", "compressor_weight", "decompressor_weight", "bias"), 0)
 
     compressor_weight: nn.Parameter
@@ -168,6 +170,10 @@ class PhantomLinear(SplitLinear):
     def record(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the layer that loads it."""
         return {**super().record(), "phantom_width": self.phantom_width}
+
+    def shared_record(self) -> dict[str, Any]:
+        """What a checkpoint says once for all layers of a model."""
+        return {"num_blocks": self.num_blocks}
 
     def extra_repr(self) -> str:
         """Describe the layer in `repr`."""

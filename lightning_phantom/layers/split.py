@@ -34,6 +34,8 @@ class SplitLinear(nn.Linear):
 
     Attributes:
         method: the name of the strategy that makes such layers.
+        kind: what such layers are called in messages.
+        keeps_factors: whether a checkpoint needs the parameters beside the dense weight, which alone restores less.
         split_dims: the dimension along which each parameter is split; those left out are whole on every rank.
         name: full name of the layer in the module that it was put into.
         chain: the chain it is a member of.
@@ -42,6 +44,8 @@ class SplitLinear(nn.Linear):
     """
 
     method: ClassVar[str]
+    kind: ClassVar[str]
+    keeps_factors: ClassVar[bool]
     split_dims: Mapping[str, int]
 
     def __init__(
@@ -104,6 +108,10 @@ class SplitLinear(nn.Linear):
             "bias": self.bias is not None,
             **turned,
         }
+
+    def shared_record(self) -> dict[str, Any]:
+        """What a checkpoint says once for all layers of a model."""
+        return {}
 
     # What all have in common
 

@@ -59,6 +59,8 @@ class ParallelLinear(SplitLinear):
     """
 
     method = "tensor_parallel"
+    kind = "tensor-parallel"
+    keeps_factors = False
 
     def __init__(
         self,
