@@ -30,8 +30,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_phantom import PhantomStrategy
-from lightning_phantom.checkpoints.files import AtomicCheckpointIO, verify
+from lightning_phantom.checkpoints.files import AtomicCheckpointIO
 from lightning_phantom.checkpoints.sharded import read_rest
+from lightning_phantom.checkpoints.versions import verify
 
 EVERY = 3  # steps between saves
 ENDLESS = 10_000  # steps of a run that is going to be killed

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-METHODS = ("megatron", "phantom")
+METHODS = ("tensor_parallel", "phantom")
 
 
 def compare(args: argparse.Namespace, name: str, *options: str) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def main() -> None:
         print(f"{method}, steps to {args.target_loss} by learning rate: {tried}")
     chosen = [f"--set={method}.model.lr={best[method]}" for method in METHODS]
     runs = [
-        compare(args, f"seed_{seed}_{best['megatron']}_{best['phantom']}", f"--seed_everything={seed}", *chosen)
+        compare(args, f"seed_{seed}_{best['tensor_parallel']}_{best['phantom']}", f"--seed_everything={seed}", *chosen)
         for seed in args.seeds
     ]
     print(f"\n| {len(runs)} seeds | " + " | ".join(METHODS) + " |\n|---|" + "---|" * len(METHODS))

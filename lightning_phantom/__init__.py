@@ -1,6 +1,21 @@
 """Phantom parallelism for PyTorch Lightning: `import lightning_phantom`, then `Trainer(strategy="phantom")`.
 
 Importing the package registers `"phantom"` and `"tensor_parallel"`. It imports no codecarbon and touches no device.
+
+The wings, each on those before it (`energy` on `errors` alone); every wing's own `__init__` says what lies in it:
+
+    errors, config  what is refused, what is asked for
+    distributed     the ranks: groups, collectives, gradients, replicas
+    cost            arithmetic: what a layer costs by each method, counted and predicted
+    layers          the algebra: phantom, tensor-parallel, and the protocol that both follow
+    plan            what would happen to a module; nothing is touched
+    checkpoints     the saved format, and whole files whatever happens
+    measure         this machine's own numbers
+    swap            a plan carried out, and taken back
+    conversion      dense checkpoints to phantom ones and back, offline
+    strategies      Lightning
+    commands        the command line
+    energy          what a fit costs in joules
 """
 
 from lightning.pytorch.strategies import StrategyRegistry

@@ -2,7 +2,7 @@
 
     <name>/current          names the complete version
     <name>/<version>/       tensors as torch.distributed.checkpoint writes them, and
-    <name>/<version>/rest.pt  everything else; a {"tensor", "shape", "dtype"} entry stands where a tensor was
+    <name>/<version>/rest.pt  everything else; `format.SavedTensor` stands where a tensor was
     <name>/<version>/checksums.json  of the files beside it
 
 Shards are saved as DTensors of the 2-D mesh, so any number of ranks that divides p can load them, and torch's own tools
@@ -11,7 +11,7 @@ see whole tensors under the parameters' names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
-from lightning_phantom.checkpoints.files import checksum
-from lightning_phantom.checkpoints.full import (
-    describe,
-    held_keys,
-    optimizer_to_names,
-    replace_model_states,
-)
+from lightning_phantom.checkpoints.format import OPTIMIZERS, SavedTensor, describe, split_of, with_entry
+from lightning_phantom.checkpoints.optimizers import optimizer_to_names
+from lightning_phantom.checkpoints.states import KeyPath, held_keys, replace_model_states
+from lightning_phantom.checkpoints.versions import checksum
 from lightning_phantom.distributed.shards import Split
 from lightning_phantom.errors import CheckpointError
 from lightning_phantom.layers.split import split_layers
 
 REST = "rest.pt"
-_TENSOR = "phantom_tensor"
 
 
 class _Held(Tensor):
@@ -54,7 +50,7 @@ def write(
     folder: Path,
     module: nn.Module,
     checkpoint: Mapping[str, Any],
-    optimizers: list[Optimizer],
+    optimizers: Sequence[Optimizer],
     mesh: DeviceMesh,
     is_writer: bool,
 ) -> dict[str, int]:
@@ -65,19 +61,19 @@ def write(
     """
     tensors: dict[str, Tensor] = {}
 
-    def marked(state: Mapping[str, Any], path: tuple[str | int, ...]) -> dict[str, Any]:
+    def marked(state: Mapping[str, Any], path: KeyPath) -> dict[str, Any]:
         held = held_keys(module, state)
         whole = {key: _mark(value, held[key]) if key in held else value for key, value in state.items()}
         return dict(_moved_out(whole, "/".join(map(str, path)), tensors, mesh))
 
     rest = {k: v for k, v in checkpoint.items() if k != "optimizer_states"}
     rest = replace_model_states(module, rest, marked)
-    rest["phantom"] = {**rest.get("phantom", {}), **describe(module), "split": _splits(module)}
+    rest = with_entry(rest, describe(module), split=_splits(module))
     if "optimizer_states" in checkpoint:
         states = zip(optimizers, checkpoint["optimizer_states"], strict=True)
         named = [optimizer_to_names(module, o, state, lambda t, split: _mark(t, split)) for o, state in states]
-        rest["phantom"]["optimizers"] = _moved_out(named, "optimizers", tensors, mesh)
-        rest["optimizer_states"] = []
+        moved = _moved_out(named, OPTIMIZERS, tensors, mesh)
+        rest = {**with_entry(rest, optimizers=moved), "optimizer_states": []}
     save(tensors, storage_writer=FileSystemWriter(folder, sync_files=True))
     files = list(folder.glob(f"__{dist.get_rank()}_*"))
     if is_writer:
@@ -95,11 +91,11 @@ def read_rest(folder: Path, weights_only: bool | None) -> dict[str, Any]:
 def read_tensors(folder: Path, rest: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
     """Return the checkpoint with this rank's share of each tensor; collective."""
     targets: dict[str, Tensor] = {}
-    _visit(rest, lambda entry: targets.update({entry[_TENSOR]: _empty(entry, mesh)}))
+    _visit(rest, lambda saved: targets.update({saved.phantom_tensor: _empty(saved, mesh)}))
     load(targets, storage_reader=FileSystemReader(folder))
 
-    def filled(entry: Mapping[str, Any]) -> Tensor:
-        tensor = targets[entry[_TENSOR]]
+    def filled(saved: SavedTensor) -> Tensor:
+        tensor = targets[saved.phantom_tensor]
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
     return dict(_visit(rest, filled))
@@ -107,7 +103,7 @@ def read_tensors(folder: Path, rest: Mapping[str, Any], mesh: DeviceMesh) -> dic
 
 def check_splits(module: nn.Module, rest: Mapping[str, Any]) -> None:
     """Raise CheckpointError where a layer's shards are of another kind than those that were saved."""
-    saved = rest.get("phantom", {}).get("split", {})
+    saved = split_of(rest)
     for name, here in _splits(module).items():
         if saved.get(name, here) != here:
             raise CheckpointError(
@@ -141,26 +137,28 @@ def _moved_out(value: Any, name: str, tensors: dict[str, Tensor], mesh: DeviceMe
     if dim is not None:
         whole = DTensor.from_local(whole, mesh, [Replicate(), Shard(dim)], run_check=False)
     tensors[name] = whole
-    return {_TENSOR: name, "shape": list(whole.shape), "dtype": whole.dtype, "dim": dim}
+    return SavedTensor(name, list(whole.shape), whole.dtype, dim)._asdict()
 
 
-def _empty(entry: Mapping[str, Any], mesh: DeviceMesh) -> Tensor:
-    shape, dim, ranks = entry["shape"], entry["dim"], mesh.size(1)
+def _empty(saved: SavedTensor, mesh: DeviceMesh) -> Tensor:
+    name, shape, dtype, dim = saved
+    ranks = mesh.size(1)
     if dim is None:
         # In host memory, where step counts belong; loading copies the others to where they belong.
-        return torch.empty(shape, dtype=entry["dtype"], device="cpu")
+        return torch.empty(shape, dtype=dtype, device="cpu")
     if shape[dim] % ranks:
-        raise CheckpointError(f"{entry[_TENSOR]!r} of shape {shape} does not divide between {ranks} ranks.")
+        raise CheckpointError(f"{name!r} of shape {shape} does not divide between {ranks} ranks.")
     share = [size // ranks if d == dim else size for d, size in enumerate(shape)]
-    local = torch.empty(share, dtype=entry["dtype"], device=mesh.device_type)
+    local = torch.empty(share, dtype=dtype, device=mesh.device_type)
     return DTensor.from_local(local, mesh, [Replicate(), Shard(dim)], run_check=False)
 
 
-def _visit(value: Any, replace: Callable[[Mapping[str, Any]], Any]) -> Any:
-    """Copy nested dicts and lists, with `replace(entry)` in place of each tensor's entry."""
+def _visit(value: Any, replace: Callable[[SavedTensor], Any]) -> Any:
+    """Copy nested dicts and lists, with `replace(saved)` in place of what stands for a tensor."""
+    saved = SavedTensor.at(value)
+    if saved is not None:
+        return replace(saved)
     if isinstance(value, Mapping):
-        if _TENSOR in value:
-            return replace(value)
         return {k: _visit(v, replace) for k, v in value.items()}
     if isinstance(value, list):
         return [_visit(v, replace) for v in value]

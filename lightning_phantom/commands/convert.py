@@ -12,7 +12,7 @@ import lightning as L
 import yaml
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_phantom.checkpoints.files import AtomicCheckpointIO
+from lightning_phantom.checkpoints.format import names_of, num_blocks_of
 from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.commands.terminal import command_parser, output_file, phantom_width, progress, show
 from lightning_phantom.config import PhantomConfig
@@ -24,6 +24,7 @@ from lightning_phantom.conversion.checkpoints import (
     to_phantom,
     to_plain,
     width_setting,
+    write,
 )
 from lightning_phantom.conversion.report import ConversionReport
 from lightning_phantom.errors import PhantomError
@@ -59,7 +60,7 @@ def main(args: Sequence[str]) -> None:
     options = _parser().parse_args(args)
     _check(options)
     checkpoint, report, use = _convert(options)
-    AtomicCheckpointIO().save_checkpoint(checkpoint, options.output)
+    write(checkpoint, options.output)
     if options.report is not None:
         options.report.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
     show(report)
@@ -140,11 +141,11 @@ def _convert(options: argparse.Namespace) -> Converted:
     checkpoint = read(options.input, options.trust)
     folder = options.output.absolute().parent
     if options.merge is not None:
-        with progress(len(checkpoint.get("phantom", {}).get("layers", ()))) as advance:
+        with progress(len(names_of(checkpoint))) as advance:
             merged, report = to_fewer_blocks(checkpoint, options.merge, folder, advance)
             # With fewer blocks more layers divide, and fewer shrink, so the plan that a strategy finds can be another.
-            named = dict.fromkeys(merged["phantom"]["layers"], "phantom")
-            return merged, report, _use(merged["phantom"]["num_blocks"], width_setting(merged), named)
+            named = dict.fromkeys(names_of(merged), "phantom")
+            return merged, report, _use(num_blocks_of(merged), width_setting(merged), named)
     if options.to == "dense":
         return *to_plain(checkpoint), "Any strategy takes it, as ckpt_path=, and so does load_from_checkpoint."
     recipe = Recipe([f"--config={path}" for path in options.config], "lightning-phantom convert")

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from lightning_phantom.commands.plan_tables import cost_table, simulation_table, sweep_table, verdict
 from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.commands.terminal import command_parser, output_file, phantom_width, show
 from lightning_phantom.config import PhantomConfig
 from lightning_phantom.cost.count import ELEMENT_BYTES
-from lightning_phantom.cost.predict import METHODS, Machine
-from lightning_phantom.cost.scale import Scale, Setting, best, stops_paying
+from lightning_phantom.cost.predict import Machine
+from lightning_phantom.cost.scale import Setting
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.measure.machine import measure_here
-from lightning_phantom.measure.simulate import Simulated, simulate
+from lightning_phantom.measure.simulate import simulate
 from lightning_phantom.plan.finder import plan_phantom
 from lightning_phantom.swap import nothing_qualifies
 
-LABELS = {
-    "dense": "dense, one rank",
-    "tensor_parallel": "TP, Megatron's pairs",
-    "tensor_parallel_layerwise": "TP, layer by layer",
-    "phantom": "phantom",
-}
 DESCRIPTION = """\
 Show what phantom parallelism would do to a model, and what a training step of its feed-forward part would cost on so
 many ranks against tensor parallelism (TP). Makes the module of the config, no data and no Trainer; trains nothing.
@@ -66,14 +61,14 @@ def main(args: Sequence[str]) -> None:
         "sweep_one_block_a_rank": [row.as_dict() for row in one_block],
     }
     print(plan)
-    show(_cost_table(here, origin), _sweep_table(same_ranks, one_block, here))
-    print(_verdict(same_ranks, one_block, num_ranks))
+    show(cost_table(here, origin), sweep_table(same_ranks, one_block, here))
+    print(verdict(same_ranks, one_block, num_ranks))
     if options.simulate_ranks is not None:
         blocks = options.num_blocks or options.simulate_ranks
         wide = setting.scale(blocks, options.simulate_ranks)
         shares = [replace(layer, phantom_width=setting.width(layer, blocks)) for layer in layers]
         measured = simulate(shares, blocks, wide.num_ranks, options.tokens, options.dtype)
-        show(_simulation_table(wide, measured))
+        show(simulation_table(wide, measured))
         result["simulation"] = wide.as_dict() | {"measured": {m: asdict(one) for m, one in measured.items()}}
     if target is not None:
         target.write_text(json.dumps(result, indent=2) + "\n")
@@ -152,106 +147,3 @@ def _machine(options: argparse.Namespace, num_ranks: int) -> tuple[Machine, dict
     machine = measure_here(num_ranks, options.dtype)
     origin = dict.fromkeys(asdict(machine), "measured here") | dict.fromkeys(given, "given")
     return replace(machine, **given), origin
-
-
-def _cost_table(here: Scale, origin: dict[str, str]) -> Any:
-    from rich.table import Table
-
-    title = (
-        f"A step of the linears to be swapped, per rank: {here.num_ranks} ranks, p={here.num_blocks}, "
-        f"{here.tokens:,} tokens, {here.dtype}"
-    )
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for heading in ("weights", "GFLOP", "MB sent", "calls", "predicted ms", "of it waiting", "of the fastest TP"):
-        table.add_column(heading, justify="right")
-    fastest = here.times[here.fastest_tp].seconds
-    for method in METHODS:
-        cost, time = here.costs[method], here.times[method]
-        table.add_row(
-            LABELS[method],
-            f"{cost.weights:,}",
-            f"{cost.flops / 1e9:.3f}",
-            f"{cost.sent_bytes / 1e6:.3f}",
-            str(cost.calls),
-            f"{1e3 * time.seconds:.2f}",
-            f"{1e3 * time.waited_s:.2f}",
-            f"{time.seconds / fastest:.3f}",
-        )
-    how = "measured on this machine" if "measured here" in origin.values() else "given"
-    given = [name for name, word in origin.items() if word == "given"]
-    if given and "measured here" in origin.values():
-        how += f", {', '.join(given)} given"
-    table.caption = f"Predicted from rates {how}. Bytes include the gradient of the chains' inputs."
-    table.caption_justify = "left"
-    return table
-
-
-def _simulation_table(wide: Scale, measured: Mapping[str, Simulated]) -> Any:
-    from rich.table import Table
-
-    title = f"One of {wide.num_ranks} ranks, p={wide.num_blocks}: run here, the others left out"
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for heading in ("weights", "compute ms", "predicted", "MB of tensors", "MB resident", "MB sent", "predicted"):
-        table.add_column(heading, justify="right")
-    for method, one in measured.items():
-        table.add_row(
-            LABELS[method],
-            f"{one.weights:,}",
-            f"{1e3 * one.compute_s:.2f}",
-            f"{1e3 * wide.times[method].compute_s:.2f}",
-            f"{one.tensor_bytes / 1e6:.1f}",
-            "-" if one.peak_bytes is None else f"{one.peak_bytes / 1e6:.1f}",
-            f"{one.sent_bytes / 1e6:.3f}",
-            f"{wide.costs[method].sent_bytes / 1e6:.3f}",
-        )
-    table.caption = (
-        "Tensors: weights, gradients and what the forward saves, by their shapes. Resident: the process's high-water "
-        "mark above what it held before, with temporary and freed memory. MB sent: what a rank of a ring sends."
-    )
-    table.caption_justify = "left"
-    return table
-
-
-def _sweep_table(same_ranks: Sequence[Scale], one_block: Sequence[Scale], here: Scale) -> Any:
-    from rich.table import Table
-
-    table = Table(title="Over the number of blocks p: phantom / the fastest TP", title_justify="left")
-    for heading in ("p", "k", "weights", "FLOPs", "bytes on p ranks", f"step on {here.num_ranks} ranks", "on p ranks"):
-        table.add_column(heading, justify="right")
-    on_same = {row.num_blocks: row for row in same_ranks}
-    for row in one_block:
-        widths = row.phantom_widths
-        same = on_same.get(row.num_blocks)
-        table.add_row(
-            str(row.num_blocks),
-            str(widths[0]) if len(widths) == 1 else f"{widths[0]}-{widths[-1]}",
-            _number(row.ratio("weights")),
-            _number(row.ratio("flops")),
-            _number(row.ratio("sent_bytes")),
-            "-" if same is None else f"{1e3 * same.times['phantom'].seconds:.2f} ms, {same.time_ratio:.3f}",
-            f"{1e3 * row.times['phantom'].seconds:.2f} ms, {row.time_ratio:.3f}",
-        )
-    return table
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _verdict(same_ranks: Sequence[Scale], one_block: Sequence[Scale], num_ranks: int) -> str:
-    lines = []
-    if same_ranks:
-        row = best(same_ranks)
-        lines.append(
-            f"On {num_ranks} ranks the shortest predicted step is at p={row.num_blocks}: {row.time_ratio:.3f} of the "
-            f"fastest TP's. A phantom layer is a smaller function at every p: compare losses too."
-        )
-    end = stops_paying(one_block)
-    if end is None and one_block:
-        lines.append(f"Work and bytes stay below TP's up to p={one_block[-1].num_blocks}.")
-    elif end is not None:
-        what = "work is" if (end.ratio("flops") or 0) >= 1 else "bytes are"
-        lines.append(f"It stops paying at p={end.num_blocks}: there its {what} no less than TP's.")
-    return "\n".join(lines)

@@ -12,6 +12,15 @@ from typing import Any
 from lightning_phantom.errors import PhantomError
 
 WIDTH = 150  # of tables, where the output is no terminal
+# Methods by their names in options and in JSON, and what tables call them.
+LABELS = {
+    "dense": "dense, one rank",
+    "tensor_parallel": "TP, Megatron's pairs",
+    "tensor_parallel_layerwise": "TP, layer by layer",
+    "torch": "TP, torch's own",
+    "phantom": "phantom",
+    "control": "control, one rank",
+}
 
 
 def command_parser(command: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:

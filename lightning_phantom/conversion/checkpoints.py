@@ -1,7 +1,7 @@
 """Checkpoint files from dense to phantom, to fewer blocks, and back, one layer at a time.
 
-What a conversion returns is a checkpoint of this package's full format (see `checkpoint`) with weights alone: training
-starts anew from it, which `"converted"` in its `"phantom"` entry says. Large tensors of it lie in unnamed files.
+What a conversion returns is a checkpoint of this package's full format with weights alone: training starts anew from
+it, which the checkpoint says (`is_converted`). Large tensors of it lie in unnamed files.
 """
 
 from __future__ import annotations
@@ -16,24 +16,37 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_phantom.checkpoints.files import check_records, on_disk
-from lightning_phantom.checkpoints.full import VERSION, method_of
-from lightning_phantom.config import PhantomConfig, resolve_phantom_width
+from lightning_phantom.checkpoints.files import AtomicCheckpointIO, check_records
+from lightning_phantom.checkpoints.format import (
+    ENTRY,
+    PhantomRecord,
+    SavedFactors,
+    check_version,
+    describe_phantom,
+    factors_of,
+    method_of,
+    num_blocks_of,
+    phantom_layers_of,
+    with_entry,
+)
+from lightning_phantom.config import resolve_phantom_width
 from lightning_phantom.conversion.calibrate import Moments, calibrated
+from lightning_phantom.conversion.on_disk import on_disk
 from lightning_phantom.conversion.report import ConversionReport, ConvertedLayer
 from lightning_phantom.cost.count import phantom_weights
 from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import CheckpointError
 from lightning_phantom.layers.factors import Blocks, Factors, from_dense, merge, to_dense
-from lightning_phantom.layers.phantom import FACTORS
+from lightning_phantom.layers.phantom import FACTORS, PhantomLinear
 from lightning_phantom.plan.record import Plan, PlannedLayer
 
 STATISTICS_BYTES = 4 * 2**30  # layers whose moments take more than this together are calibrated in several passes
 # What Lightning and its callbacks keep of a training that is under way.
 _PROGRESS = {
-    *("epoch", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers", "phantom"),
+    *("epoch", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers", ENTRY),
     *("current_model_state", "averaging_state", "native_amp_scaling_state", "MixedPrecision"),
 }
+_PATH: list[str | int] = ["state_dict"]  # where the weights are that a conversion reads and writes
 Statistics = Callable[[Sequence[str]], tuple[Mapping[str, Moments], Mapping[str, Moments]]]
 
 
@@ -70,6 +83,11 @@ def read(path: Path, trust: bool) -> dict[str, Any]:
     if not isinstance(loaded, Mapping) or not isinstance(loaded.get("state_dict"), Mapping):
         raise CheckpointError(f"{path}: this is neither a state dict nor a Lightning checkpoint with a 'state_dict'.")
     return dict(loaded)
+
+
+def write(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint as one file, or leave what is there."""
+    AtomicCheckpointIO().save_checkpoint(checkpoint, path)
 
 
 def check_state(module: nn.Module, state: Mapping[str, Tensor], plan: Plan) -> None:
@@ -114,17 +132,16 @@ def to_phantom(
     Raises:
         CheckpointError: it holds phantom layers already, or weights that nothing can start from.
     """
-    if method_of(checkpoint) == "phantom":
+    if _is_phantom(checkpoint):
         raise CheckpointError(
-            f"the checkpoint holds phantom layers of {checkpoint['phantom']['num_blocks']} blocks already. Merge their "
-            f"blocks (--merge), or make it dense first (--to dense)."
+            f"the checkpoint holds phantom layers of {num_blocks_of(checkpoint)} blocks already. Merge their blocks "
+            f"(--merge), or make it dense first (--to dense)."
         )
     state: Mapping[str, Tensor] = checkpoint["state_dict"]
     for layer in plan.swapped:
         if not bool(state[f"{layer.name}.weight"].isfinite().all()):
             raise CheckpointError(f"{layer.name!r} holds NaN or infinite weights.")
-    assert isinstance(plan.config, PhantomConfig)
-    p = plan.config.num_blocks
+    p = plan.config.parts
     result = _Result(checkpoint, p, folder)
     for group in _groups(plan.swapped) if statistics else [plan.swapped]:
         fit, held_out = statistics([layer.name for layer in group]) if statistics else ({}, {})
@@ -157,8 +174,7 @@ def to_fewer_blocks(
     Raises:
         CheckpointError: it holds no phantom layers, or q is not possible.
     """
-    phantom = _phantom(checkpoint)
-    p = phantom["num_blocks"]
+    p, layers = _phantom_layers(checkpoint)
     possible = [n for n in range(2, p) if p % n == 0]
     if q not in possible:
         raise CheckpointError(
@@ -166,17 +182,17 @@ def to_fewer_blocks(
             + (f"Possible: {', '.join(map(str, possible))}. " if possible else "Fewer are one block, the dense layer. ")
             + "For one block use --to dense."
         )
-    tensors = next(entry["tensors"] for entry in phantom["factors"] if entry["path"] == ["state_dict"])
+    tensors = next(entry.tensors for entry in factors_of(checkpoint) if entry.path == _PATH)
     result = _Result(checkpoint, p // q, folder)
-    for name, sizes in phantom["layers"].items():
+    for name, layer in layers.items():
         on_layer(name)
         factors = Factors(*(tensors[f"{name}.{factor}"] for factor in FACTORS))
         merged, bias = merge(factors, p, q), tensors.get(f"{name}.bias")
         dense = to_dense(merged, p // q)
-        result.store(name, merged, dense, bias, sizes.get("transposed", False))
+        result.store(name, merged, dense, bias, layer.transposed)
         k = merged.compressor.shape[0] // (p // q)
-        blocks = Blocks(sizes["in_features"], sizes["out_features"], p // q, k, 0, name)
-        before = phantom_weights(*blocks[:2], p, sizes["phantom_width"], bias is not None)
+        blocks = Blocks(layer.in_features, layer.out_features, p // q, k, 0, name)
+        before = phantom_weights(*blocks[:2], p, layer.phantom_width, bias is not None)
         after = phantom_weights(*blocks[:4], bias is not None)
         result.report(blocks, (_relative(dense, to_dense(factors, p)), None, None), before, after)
     return result.checkpoint(), ConversionReport(tuple(result.rows))
@@ -188,11 +204,11 @@ def to_plain(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], ConversionR
     Raises:
         CheckpointError: it holds no phantom layers.
     """
-    phantom = _phantom(checkpoint)
+    p, layers = _phantom_layers(checkpoint)
     rows = []
-    for name, sizes in phantom["layers"].items():
-        n_in, n_out, bias = sizes["in_features"], sizes["out_features"], sizes["bias"]
-        before = phantom_weights(n_in, n_out, phantom["num_blocks"], sizes["phantom_width"], bias)
+    for name, layer in layers.items():
+        n_in, n_out, bias = layer.in_features, layer.out_features, layer.bias
+        before = phantom_weights(n_in, n_out, p, layer.phantom_width, bias)
         rows.append(ConvertedLayer(name, n_in, n_out, None, None, 0.0, None, None, before, n_in * n_out + bias * n_out))
     return _weights_alone(checkpoint, checkpoint["state_dict"]), ConversionReport(tuple(rows))
 
@@ -203,17 +219,15 @@ def width_setting(checkpoint: Mapping[str, Any]) -> int | float:
     Raises:
         CheckpointError: there is none.
     """
-    phantom = _phantom(checkpoint)
-    p, layers = phantom["num_blocks"], phantom["layers"].values()
-    widths = [layer["phantom_width"] for layer in layers]
-    smaller = [min(layer["in_features"], layer["out_features"]) // p for layer in layers]
+    p, named = _phantom_layers(checkpoint)
+    layers = named.values()
+    widths = [layer.phantom_width for layer in layers]
+    smaller = [min(layer.in_features, layer.out_features) // p for layer in layers]
     least = max(k / m if k > 1 else 0 for k, m in zip(widths, smaller, strict=True))  # of any small fraction k = 1
     above = min((k + 1) / m for k, m in zip(widths, smaller, strict=True))
     for choice in (max(widths), least, (least + above) / 2):
         if isinstance(choice, int) or choice <= 1:
-            resolved = [
-                resolve_phantom_width(choice, layer["in_features"], layer["out_features"], p) for layer in layers
-            ]
+            resolved = [resolve_phantom_width(choice, layer.in_features, layer.out_features, p) for layer in layers]
             if resolved == widths:
                 return choice
     raise CheckpointError(
@@ -230,12 +244,12 @@ class _Result:
         self.state: dict[str, Any] = dict(source["state_dict"])
         self.tensors: dict[str, Tensor] = {}
         self.rows: list[ConvertedLayer] = []
-        self.transposed: set[str] = set()
+        self.layers: dict[str, PhantomRecord] = {}
 
     def store(self, name: str, factors: Factors, weight: Tensor, bias: Tensor | None, transposed: bool) -> None:
         """Take a layer's factors, and the dense weight [out, in] and bias that they stand for."""
-        if transposed:
-            self.transposed.add(name)
+        (n_out, n_in), k = weight.shape, factors.compressor.shape[0] // self.num_blocks
+        self.layers[name] = PhantomRecord(n_in, n_out, bias is not None, k, transposed)
         for factor, tensor in zip((*FACTORS, "bias"), (*factors, bias), strict=True):
             if tensor is not None:
                 self.tensors[f"{name}.{factor}"] = on_disk(tensor, self.folder)
@@ -249,25 +263,9 @@ class _Result:
 
     def checkpoint(self) -> dict[str, Any]:
         """The whole."""
-        layers = {
-            row.name: {
-                "in_features": row.in_features,
-                "out_features": row.out_features,
-                "phantom_width": row.phantom_width,
-                "bias": f"{row.name}.bias" in self.tensors,
-                **({"transposed": True} if row.name in self.transposed else {}),
-            }
-            for row in self.rows
-        }
-        phantom = {
-            "version": VERSION,
-            "method": "phantom",
-            "num_blocks": self.num_blocks,
-            "layers": layers,
-            "factors": [{"path": ["state_dict"], "tensors": self.tensors}],
-            "converted": True,
-        }
-        return {**_weights_alone(self.source, self.state), "phantom": phantom}
+        description = describe_phantom(PhantomLinear.method, self.num_blocks, self.layers)
+        factors = [SavedFactors(_PATH, self.tensors)]
+        return with_entry(_weights_alone(self.source, self.state), description, factors=factors, converted=True)
 
 
 def _weights_alone(checkpoint: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
@@ -277,15 +275,16 @@ def _weights_alone(checkpoint: Mapping[str, Any], state: Mapping[str, Any]) -> d
     return {"pytorch-lightning_version": L.__version__, **kept, **start, "state_dict": dict(state)}
 
 
-def _phantom(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    if method_of(checkpoint) != "phantom":
+def _is_phantom(checkpoint: Mapping[str, Any]) -> bool:
+    return method_of(checkpoint) == PhantomLinear.method
+
+
+def _phantom_layers(checkpoint: Mapping[str, Any]) -> tuple[int, dict[str, PhantomRecord]]:
+    """The number of blocks, and the layers by name."""
+    if not _is_phantom(checkpoint):
         raise CheckpointError("the checkpoint is dense: it holds no phantom layers.")
-    phantom: Mapping[str, Any] = checkpoint["phantom"]
-    if phantom.get("version") != VERSION:
-        raise CheckpointError(
-            f"the checkpoint has format version {phantom.get('version')!r}, this release reads {VERSION}; upgrade."
-        )
-    return phantom
+    check_version(checkpoint)
+    return num_blocks_of(checkpoint), phantom_layers_of(checkpoint)
 
 
 def _turned(weight: Tensor, transposed: bool) -> Tensor:

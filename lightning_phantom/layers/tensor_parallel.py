@@ -61,6 +61,8 @@ class ParallelLinear(SplitLinear):
 
     kind = "tensor-parallel"
     method = "tensor_parallel"
+    kind = "tensor-parallel"
+    keeps_factors = False
 
     def __init__(
         self,

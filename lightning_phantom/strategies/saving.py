@@ -1,35 +1,21 @@
-"""What a strategy does with checkpoints: one plain file, or a directory to which every rank writes."""
+"""What a strategy tells Lightning about checkpoints: when they are made, and how a fit goes on from one."""
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
-import torch.distributed as dist
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch.distributed.checkpoint.api import CheckpointException
 
-from lightning_phantom.checkpoints import full, sharded
-from lightning_phantom.checkpoints.files import (
-    AtomicCheckpointIO,
-    discard,
-    is_local,
-    make_place,
-    place_for,
-    publish,
-    verify,
-)
+from lightning_phantom.checkpoints.files import AtomicCheckpointIO
+from lightning_phantom.checkpoints.format import SavedGenerators, generators_of, is_converted
 from lightning_phantom.checkpoints.rng import rng_states, set_rng_states
+from lightning_phantom.checkpoints.store import Store
 from lightning_phantom.distributed.mesh import Mesh
-from lightning_phantom.errors import CheckpointError
-
-T = TypeVar("T")
 
 
 class CheckpointingStrategy(DDPStrategy):
@@ -42,7 +28,6 @@ class CheckpointingStrategy(DDPStrategy):
         kwargs: for DDPStrategy.
     """
 
-    strategy_name: str
     layer_kind: str
     mesh: Mesh
 
@@ -50,7 +35,7 @@ class CheckpointingStrategy(DDPStrategy):
         super().__init__(checkpoint_io=checkpoint_io or AtomicCheckpointIO(), **kwargs)
         self._state_dict_type = state_dict_type
         self._weights_only = weights_only
-        self._resumed_rng: dict[str, Any] | None = None
+        self._resumed_rng: SavedGenerators | None = None
         self._resumed_loaders: list[dict[str, Any]] = []
 
     @property
@@ -58,15 +43,19 @@ class CheckpointingStrategy(DDPStrategy):
         """Layers must be swapped before their weights arrive."""
         return True
 
+    @property
+    def _store(self) -> Store:
+        assert self.lightning_module is not None
+        return Store(self.lightning_module, self.optimizers, self.mesh, self.root_device, self.checkpoint_io)
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save as one file or as a directory; every rank calls it.
 
         Raises:
             CheckpointError: on every rank, when one could not write. What was there before is still there.
         """
-        module = self.lightning_module
-        assert module is not None
-        trainer = module.trainer
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
         if trainer.interrupted and self.world_size > 1:
             rank_zero_warn(
                 f"{filepath} was not saved: a checkpoint is put together by all ranks, and after an exception the "
@@ -75,16 +64,8 @@ class CheckpointingStrategy(DDPStrategy):
             return
         if trainer.state.fn == TrainerFn.FITTING:
             mid_epoch = not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-            checkpoint = {**checkpoint, "phantom": {"rng": {"mid_epoch": mid_epoch, "states": self._gather_rng()}}}
-        try:
-            if self._state_dict_type == "full":
-                self._save_full(checkpoint, filepath, storage_options)
-            elif storage_options is not None or not is_local(filepath):
-                raise CheckpointError("a sharded checkpoint needs a local or mounted path, no storage options.")
-            else:
-                self._save_sharded(checkpoint, Path(self.broadcast(filepath)))
-        except CheckpointError as error:
-            raise CheckpointError(f"{filepath} was not saved: {error}") from error.__cause__
+            checkpoint = self._store.with_generators(checkpoint, mid_epoch)
+        self._store.save(checkpoint, filepath, self._state_dict_type, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read this rank's share of either kind of checkpoint, or a dense one, and check it before weights change.
@@ -92,19 +73,11 @@ class CheckpointingStrategy(DDPStrategy):
         Raises:
             CheckpointError: it is damaged, incomplete, foreign, or of another model.
         """
-        module = self.lightning_module
-        assert module is not None
-        choice = self._weights_only if weights_only is None else weights_only
-        try:
-            if is_local(checkpoint_path) and Path(checkpoint_path).is_dir():
-                loaded = self._load_sharded(Path(checkpoint_path), choice)
-            else:
-                loaded = self._load_full(checkpoint_path, choice)
-        except CheckpointError as error:
-            raise CheckpointError(f"{checkpoint_path}: {error}") from error.__cause__
-        if module.trainer.state.fn == TrainerFn.FITTING:
-            self._resumed_rng = loaded.get("phantom", {}).get("rng")
-            if self._resumed_rng is not None and not self._resumed_rng["mid_epoch"]:
+        assert self.lightning_module is not None
+        loaded = self._store.load(checkpoint_path, self._weights_only if weights_only is None else weights_only)
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            self._resumed_rng = generators_of(loaded)
+            if self._resumed_rng is not None and not self._resumed_rng.mid_epoch:
                 self._resumed_loaders = list(loaded["loops"]["fit_loop"]["state_dict"].get("combined_loader", []))
         return loaded
 
@@ -114,26 +87,13 @@ class CheckpointingStrategy(DDPStrategy):
         Raises:
             CheckpointError: the checkpoint was saved by another strategy, whose optimizer held the dense weights.
         """
-        assert self.lightning_module is not None
-        if checkpoint.get("phantom", {}).get("converted"):
+        if is_converted(checkpoint):
             rank_zero_info(
                 "The checkpoint comes from a conversion and holds weights alone: training starts anew from them, at "
                 "epoch 0, with a new optimizer and new schedules."
             )
             return
-        saved = checkpoint.get("phantom", {}).get("optimizers")
-        if saved is None:
-            raise CheckpointError(
-                f"the checkpoint holds no optimizer state for {self.layer_kind} layers, so the fit cannot go on from "
-                f"it. To start from its weights, load them in the module (or its setup hook) and fit without ckpt_path."
-            )
-        if len(saved) != len(self.optimizers):
-            raise CheckpointError(f"the checkpoint has {len(saved)} optimizers, the module {len(self.optimizers)}.")
-        is_full = "factors" in checkpoint["phantom"]
-        states = [
-            full.optimizer_from_names(self.lightning_module, optimizer, state, whole=is_full)
-            for optimizer, state in zip(self.optimizers, saved, strict=True)
-        ]
+        states = self._store.optimizer_states(checkpoint)
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
             _optimizer_to_device(optimizer, self.root_device)
@@ -154,7 +114,7 @@ class CheckpointingStrategy(DDPStrategy):
             if callable(set_epoch):
                 progress: Any = self.lightning_module.trainer.fit_loop.epoch_progress.current
                 set_epoch(progress.processed)
-            if not self._resumed_rng["mid_epoch"]:
+            if not self._resumed_rng.mid_epoch:
                 self._restore_rng()
         return super().process_dataloader(dataloader)
 
@@ -166,103 +126,9 @@ class CheckpointingStrategy(DDPStrategy):
 
     def _restore_rng(self) -> None:
         assert self._resumed_rng is not None
-        states, self._resumed_rng = self._resumed_rng["states"], None
-        if len(states) == self.mesh.data_parallel.size:
-            set_rng_states(states[self.mesh.data_parallel.rank])
-        else:
+        saved, self._resumed_rng = self._resumed_rng, None
+        if not self._store.restore_generators(saved):
             rank_zero_info(
-                f"Random generators start anew: the checkpoint has those of {len(states)} replicas, this run has "
+                f"Random generators start anew: the checkpoint has those of {len(saved.states)} replicas, this run has "
                 f"{self.mesh.data_parallel.size}."
             )
-
-    def _gather_rng(self) -> list[Any]:
-        states: list[Any] = [None] * self.mesh.data_parallel.size
-        dist.all_gather_object(states, rng_states(), group=self.mesh.data_parallel.group)
-        return states
-
-    # The two formats
-
-    def _save_full(self, checkpoint: dict[str, Any], path: Any, storage_options: Any) -> None:
-        module = self.lightning_module
-        assert module is not None
-        if self.mesh.data_parallel.rank == 0:
-            extra = checkpoint.pop("phantom", {})
-            checkpoint = full.make_full(module, checkpoint)
-            checkpoint["phantom"].update(extra)
-            if "optimizer_states" in checkpoint:
-                states = zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
-                checkpoint["phantom"]["optimizers"] = [
-                    full.optimizer_to_names(module, optimizer, state, full.gather_whole) for optimizer, state in states
-                ]
-                checkpoint["optimizer_states"] = []
-        save = super().save_checkpoint
-        self._together(lambda: save(checkpoint, path, storage_options))
-
-    def _save_sharded(self, checkpoint: dict[str, Any], path: Path) -> None:
-        module = self.lightning_module
-        assert module is not None
-        mesh = self.mesh.device_mesh(self.root_device.type)
-        writer = self.is_global_zero
-        folder = place_for(path, self.broadcast(uuid.uuid4().hex))
-        try:
-            self._together(lambda: make_place(folder, path) if writer else None)
-            mine = self._together(lambda: sharded.write(folder, module, checkpoint, self.optimizers, mesh, writer))
-            everyone: list[Any] = [None] * self.world_size
-            dist.all_gather_object(everyone, mine)
-            checksums = {name: value for each in everyone for name, value in each.items()}
-            self._together(lambda: publish(folder, path, checksums) if writer else None)
-        except CheckpointError:
-            if writer:
-                discard(folder, path)
-            raise
-
-    def _load_full(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        kwargs = {} if weights_only is None else {"weights_only": weights_only}
-        try:
-            loaded = self.checkpoint_io.load_checkpoint(path, **kwargs)
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            raise CheckpointError(
-                f"cannot be read; it is truncated or no checkpoint. Use an earlier one. ({error})"
-            ) from error
-        if isinstance(loaded, Mapping) and full.method_of(loaded) not in (None, self.strategy_name):
-            # Its dense weights are as good as any; the optimizer's state is of other layers.
-            loaded = {key: value for key, value in loaded.items() if key != "phantom"}
-        full.check_fits(self.lightning_module, loaded)
-        return full.take_share(self.lightning_module, loaded) if "phantom" in loaded else dict(loaded)
-
-    def _load_sharded(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        folder = self._together(lambda: verify(path, self.global_rank, self.world_size))
-        try:
-            rest = sharded.read_rest(folder, weights_only)
-        except Exception as error:
-            raise CheckpointError(f"cannot be read; use an earlier one. ({error})") from error
-        full.check_fits(self.lightning_module, rest)
-        sharded.check_splits(self.lightning_module, rest)
-        mesh = self.mesh.device_mesh(self.root_device.type)
-        return self._together(lambda: sharded.read_tensors(folder, rest, mesh))
-
-    def _together(self, action: Callable[[], T]) -> T:
-        """Run `action` on every rank; when it fails on one, raise on all, so that none waits for the others."""
-        result: Any = None
-        failure: BaseException | None = None
-        failures: dict[int, BaseException] = {}
-        try:
-            result = action()
-        except CheckpointException as error:  # torch's, with what failed on any rank; it is no Exception
-            failure, failures = error, {rank: problem for rank, (problem, _) in error.failures.items()}
-        except Exception as error:
-            failure, failures = error, {self.global_rank: error}
-        everyone: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everyone, {rank: _words(problem) for rank, problem in failures.items()})
-        problems = {rank: problem for each in everyone for rank, problem in each.items()}
-        if problems:
-            raise CheckpointError("; ".join(f"rank {rank}: {problems[rank]}" for rank in sorted(problems))) from failure
-        return result
-
-
-def _words(error: BaseException) -> str:
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

@@ -9,7 +9,7 @@ from background import program
 from torch import nn
 
 from lightning_phantom.commands.cli import main
-from lightning_phantom.commands.compare.command import torch_plan
+from lightning_phantom.commands.compare.methods import torch_plan
 from lightning_phantom.commands.compare.options import parse
 from lightning_phantom.commands.compare.report import summarise
 from lightning_phantom.commands.compare.trial import Memory
@@ -54,7 +54,7 @@ def test_compare_on_two_ranks(outcome):
     """Every method in the same two processes: the exact ones agree, and traffic is what the cost model counts."""
     out, result, picture = outcome
     methods = result["methods"]
-    assert list(methods) == ["dense", "megatron", "layerwise", "torch", "phantom"]
+    assert list(methods) == ["dense", "tensor_parallel", "tensor_parallel_layerwise", "torch", "phantom"]
     assert [(r["method"], r["round"]) for r in result["runs"]] == [(m, n) for n in (0, 1) for m in methods]  # in turn
     for method, figures in methods.items():
         assert [loss[0] for loss in figures["losses"]] == [2, 4, 6]
@@ -62,15 +62,15 @@ def test_compare_on_two_ranks(outcome):
         assert figures["tokens_per_s"] == pytest.approx(7 * figures["samples_per_s"])
         assert figures["samples_per_s"] * figures["step_s"]["median"] == pytest.approx(16)
         assert f"{figures['val_loss']:.4f}" in out, method
-    for method in ("megatron", "layerwise", "torch"):
+    for method in ("tensor_parallel", "tensor_parallel_layerwise", "torch"):
         for mine, dense in zip(methods[method]["losses"], methods["dense"]["losses"], strict=True):
             assert mine[2] == pytest.approx(dense[2], rel=2e-6)  # another order of batches: 1.5e-5
     assert methods["phantom"]["losses"] != methods["dense"]["losses"]
     # The data need no gradient: the cost model's, without the entry's.
     expected = estimate_cost([(32, 32)] * 4, 2, 4, 2, 16, entry_needs_grad=False)
     for method, cost in (
-        ("megatron", expected.tensor_parallel),
-        ("layerwise", expected.tensor_parallel_layerwise),
+        ("tensor_parallel", expected.tensor_parallel),
+        ("tensor_parallel_layerwise", expected.tensor_parallel_layerwise),
         ("phantom", expected.phantom),
     ):
         assert (methods[method]["sent_bytes"], methods[method]["calls"]) == (cost.sent_bytes, cost.calls), method
@@ -95,7 +95,7 @@ def test_compare_under_an_outside_launcher_with_target_and_control(config, tmp_p
     alone(monkeypatch)
     monkeypatch.chdir(ROOT)
     (tmp_path / "small.yaml").write_text(CONFIG.replace("depth: 4", "depth: 1"))
-    arguments = ["--methods", "megatron,phantom", "--control", str(tmp_path / "small.yaml"), "--num-blocks", "4"]
+    arguments = ["--methods", "tensor_parallel,phantom", "--control", str(tmp_path / "small.yaml"), "--num-blocks", "4"]
     lengths = ["--rounds", "1", "--steps", "2", "--warmup", "2", "--train-steps", "4", "--validate-every", "1"]
     main(
         [
@@ -111,7 +111,7 @@ def test_compare_under_an_outside_launcher_with_target_and_control(config, tmp_p
         ]
     )
     result = json.loads((tmp_path / "c.json").read_text())
-    assert list(result["methods"]) == ["megatron", "phantom", "control"]
+    assert list(result["methods"]) == ["tensor_parallel", "phantom", "control"]
     assert result["methods"]["control"]["weights"] == 32 * 32 + 32
     for method in result["methods"].values():
         assert method["to_target"]["steps"] == 1 and method["to_target"]["seconds"] > 0
@@ -158,29 +158,32 @@ def runs_of(**rounds):
 
 
 def test_ratios_are_over_the_fastest_tensor_parallelism_round_by_round(config):
-    result = summary(config, runs_of(megatron=[2.0, 4.0, 2.0], layerwise=[3.0, 3.0, 3.0], phantom=[1.0, 3.0, 1.5]))
-    assert result["fastest_tp"] == "megatron"
+    result = summary(
+        config,
+        runs_of(tensor_parallel=[2.0, 4.0, 2.0], tensor_parallel_layerwise=[3.0, 3.0, 3.0], phantom=[1.0, 3.0, 1.5]),
+    )
+    assert result["fastest_tp"] == "tensor_parallel"
     assert result["ratios"]["phantom"]["step"] == {"median": 0.75, "low": 0.5, "high": 0.75}
-    assert result["methods"]["layerwise"]["step_s"]["median"] == 3.0  # the slowest rank's
-    with_torch = summary(config, runs_of(megatron=[2.0], torch=[1.0], phantom=[0.5]))
+    assert result["methods"]["tensor_parallel_layerwise"]["step_s"]["median"] == 3.0  # the slowest rank's
+    with_torch = summary(config, runs_of(tensor_parallel=[2.0], torch=[1.0], phantom=[0.5]))
     assert with_torch["fastest_tp"] == "torch" and with_torch["methods"]["torch"]["sent_bytes"] is None
     assert with_torch["ratios"]["phantom"]["step"]["median"] == 0.5
-    assert with_torch["ratios"]["phantom"]["sent_bytes"] == 1.0  # over megatron's, the only ones counted
+    assert with_torch["ratios"]["phantom"]["sent_bytes"] == 1.0  # over Megatron's pairs', the only ones counted
     assert result["methods"]["phantom"]["samples_per_s"] == pytest.approx(4 / 1.5)
-    assert any("megatron, phantom differ" in warning for warning in result["warnings"])
+    assert any("tensor_parallel, phantom differ" in warning for warning in result["warnings"])
 
 
 def test_unfair_comparisons_are_called_so(config):
-    plain = summary(config, runs_of(megatron=[1.0], phantom=[1.0]))["warnings"]
+    plain = summary(config, runs_of(tensor_parallel=[1.0], phantom=[1.0]))["warnings"]
     assert any("learning rate was not tuned" in warning for warning in plain)
     assert any("fair control" in warning for warning in plain)
     assert not any("cores" in warning or "not quiet" in warning or "Dense" in warning for warning in plain)
-    tuned = summary(config, runs_of(megatron=[1.0], phantom=[1.0]), "--set", "phantom.model.lr=0.1")["warnings"]
+    tuned = summary(config, runs_of(tensor_parallel=[1.0], phantom=[1.0]), "--set", "phantom.model.lr=0.1")["warnings"]
     assert not any("learning rate" in warning for warning in tuned)
     crowded = summary(config, runs_of(dense=[1.0]), ranks=4)["warnings"]
     assert any("more busy threads than cores" in warning for warning in crowded)
     assert any("to themselves" in warning for warning in crowded)
-    silent = [{"method": "megatron", "round": 0, "ranks": [measured(losses=[])]}]
+    silent = [{"method": "tensor_parallel", "round": 0, "ranks": [measured(losses=[])]}]
     assert any("--monitor" in warning for warning in summary(config, silent)["warnings"])
 
 
@@ -190,14 +193,14 @@ def test_only_measured_joules_are_divided(config, flag, expected):
         energy = {"steady_j_per_step": None if flag == "unavailable" else joules, "flag": flag}
         return {"method": method, "round": 0, "ranks": [measured(energy=energy)]}
 
-    result = summary(config, [run("megatron", 4.0), run("phantom", 2.0)], "--target-loss", "0.6")
+    result = summary(config, [run("tensor_parallel", 4.0), run("phantom", 2.0)], "--target-loss", "0.6")
     assert result["methods"]["phantom"]["to_target"]["steps"] == 2
     assert result["ratios"]["phantom"]["energy_to_target"] == expected
     assert any("no ratio of energies" in w for w in result["warnings"]) == (expected is None)
 
 
 def test_a_target_that_is_not_reached(config):
-    result = summary(config, runs_of(megatron=[1.0], phantom=[1.0]), "--target-loss", "0.1")
+    result = summary(config, runs_of(tensor_parallel=[1.0], phantom=[1.0]), "--target-loss", "0.1")
     assert result["methods"]["phantom"]["to_target"]["steps"] is None
     assert result["ratios"]["phantom"]["seconds_to_target"] is None
 

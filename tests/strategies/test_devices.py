@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_phantom import PhantomConfig, swap
-from lightning_phantom.checkpoints.full import gather_whole, make_full, optimizer_to_names
+from lightning_phantom.checkpoints.full import make_full
 from lightning_phantom.config import TensorParallelConfig
 from lightning_phantom.distributed.comm import Ranks
 from lightning_phantom.distributed.gradients import clip_grad_norm_
@@ -77,8 +77,8 @@ def test_weights_on_the_host_are_sent_by_the_device(devices_only, kind):
     optimizer.step()
     realign(model, sharded_parameters(model), [optimizer], Ranks(devices_only))
 
-    make_full(model, {"state_dict": model.state_dict()})
-    optimizer_to_names(model, optimizer, optimizer.state_dict(), gather_whole)
+    states = {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}
+    make_full(model, states, [optimizer])
     assert ReplicaCheck(Ranks(devices_only))._gather(torch.ones(3)).shape == (2, 3)
     tensors = [*model.parameters(), *(layer.dense_weight() for layer in split_layers(model).values())]
     assert {t.device.type for t in tensors} == {"cpu"}

@@ -21,21 +21,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from torch import nn
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from lightning_phantom.commands.compare import options
+from lightning_phantom.commands.compare.methods import STYLES, Alone, OneRank, parallelise_with_torch, torch_plan
 from lightning_phantom.commands.compare.report import summarise
 from lightning_phantom.commands.compare.show import show_result, write_json, write_plot
 from lightning_phantom.commands.compare.trial import Length, Measured, run_trial
 from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.commands.terminal import progress
-from lightning_phantom.config import TensorParallelConfig
 from lightning_phantom.errors import PhantomError
-from lightning_phantom.plan.finder import plan_tensor_parallel
-from lightning_phantom.plan.record import Plan
 from lightning_phantom.strategies.phantom import PhantomStrategy
 from lightning_phantom.strategies.tensor_parallel import TensorParallelStrategy
 
@@ -190,59 +186,5 @@ class Comparison:
             given = recipe.phantom_arguments(num_blocks=request.num_blocks, phantom_width=request.phantom_width)
             strategy = PhantomStrategy(**given | {"phantom_parallel_size": size, "data_parallel_size": 1})
         else:
-            style: Any = method
-            strategy = TensorParallelStrategy(tensor_parallel_size=size, data_parallel_size=1, style=style)
+            strategy = TensorParallelStrategy(tensor_parallel_size=size, data_parallel_size=1, style=STYLES[method])
         return together | {"strategy": strategy}, None
-
-
-class Alone(LightningEnvironment):
-    """The surroundings of one rank among several: it is alone in its world, and the launcher's variables stay."""
-
-    def teardown(self) -> None:
-        """Remove nothing: the next run needs the launcher's WORLD_SIZE."""
-
-
-class OneRank(DDPStrategy):
-    """One rank alone, that reads the batches in the order of several: Lightning gives a lone device another sampler."""
-
-    def configure_ddp(self) -> None:
-        """Wrap nothing: there are no gradients to average."""
-
-
-def torch_plan(module: nn.Module, num_ranks: int) -> tuple[Plan, dict[str, Any]]:
-    """Megatron's pairs in the words of torch.distributed.tensor.parallel.
-
-    Raises:
-        PhantomError: a layer has layouts that torch's two styles do not have, or there is none.
-    """
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
-
-    plan = plan_tensor_parallel(module, TensorParallelConfig(num_ranks))
-    chained = {name: both for chain in plan.chains for name, both in chain.layouts(plan.replicated(chain)).items()}
-    styles: dict[str, Any] = {}
-    for layer in plan.swapped:
-        match chained.get(layer.name, ("replicated", "replicated")):
-            case ("sharded", "replicated"):
-                styles[layer.name] = RowwiseParallel()
-            case ("replicated", layout):
-                styles[layer.name] = ColwiseParallel(output_layouts=Shard(-1) if layout == "sharded" else Replicate())
-            case layouts:
-                raise PhantomError(f"{layer.name!r} is {layouts[0]} -> {layouts[1]}, which torch has no style for.")
-    if not styles:
-        raise PhantomError(f"nothing in {type(module).__name__} qualifies for tensor parallelism.")
-    return plan, styles
-
-
-def parallelise_with_torch(module: Any) -> None:
-    """Have Lightning's ModelParallelStrategy split the same linears with torch's own parallelize_module."""
-    own_hook = module.configure_model
-
-    def configure_model() -> None:
-        from torch.distributed.tensor.parallel import parallelize_module
-
-        own_hook()
-        mesh = module.device_mesh["tensor_parallel"]
-        parallelize_module(module, mesh, torch_plan(module, mesh.size())[1])
-
-    module.configure_model = configure_model

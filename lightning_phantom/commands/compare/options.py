@@ -11,8 +11,8 @@ from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.commands.terminal import command_parser, output_file, phantom_width
 from lightning_phantom.errors import PhantomError
 
-METHODS = ("dense", "megatron", "layerwise", "torch", "phantom", "control")
-TP = ("megatron", "layerwise", "torch")
+METHODS = ("dense", "tensor_parallel", "tensor_parallel_layerwise", "torch", "phantom", "control")
+TP = ("tensor_parallel", "tensor_parallel_layerwise", "torch")
 LEAST_WARMUP = 2  # the strategies compare their ranks in a fit's first two batches, which no later step pays for
 ONE_RANK = ("dense", "control")  # on the first rank alone
 
@@ -20,12 +20,12 @@ DESCRIPTION = """\
 Train the module of a config, on its data, by several methods on the same ranks, and show what each took. The methods
 run in turn, round after round, so that what else the machine does falls on all of them.
 
-  dense      the module as it is, on one rank
-  megatron   tensor parallelism in pairs of column and row (TensorParallelStrategy)
-  layerwise  tensor parallelism with collectives at every layer
-  torch      torch's own parallelize_module, in Megatron's pairs
-  phantom    PhantomStrategy, with the config's settings if it names it
-  control    another config (--control), dense on one rank: say, a dense model as small as the phantom one"""
+  dense                      the module as it is, on one rank
+  tensor_parallel            in Megatron's pairs of column and row (TensorParallelStrategy)
+  tensor_parallel_layerwise  the same with collectives at every layer
+  torch                      torch's own parallelize_module, in Megatron's pairs
+  phantom                    PhantomStrategy, with the config's settings if it names it
+  control                    another config (--control), dense on one rank: say, a dense model as small as phantom"""
 EPILOG = """\
 Anything else overrides the config for all methods, as for `fit`: --model.lr 0.01. The config's callbacks and loggers
 are left out. Across hosts, run the same command on each under torchrun instead of lightning-phantom:

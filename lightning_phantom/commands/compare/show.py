@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_phantom.commands.compare.report import UNCOUNTED
-from lightning_phantom.commands.terminal import show
+from lightning_phantom.commands.terminal import LABELS, show
 
 
 def show_result(result: Mapping[str, Any]) -> None:
@@ -25,7 +25,7 @@ def show_result(result: Mapping[str, Any]) -> None:
     )
     table.add_column("")
     for method in result["methods"]:
-        table.add_column(method, justify="right")
+        table.add_column(LABELS[method], justify="right")
     for label, figure in _rows(result):
         cells = [figure(name) for name in result["methods"]]
         if any(cells):
@@ -69,10 +69,11 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, Callable[[str], str | No
         reached = methods[method]["to_target"]
         return None if reached is None else reached["energy_flag"]
 
+    over_fastest = f"  over {LABELS.get(fastest, fastest)}"
     to = f"{result['request']['target_loss']}"
     return [
         ("ms per step", step),
-        (f"  over {fastest}", step_over),
+        (over_fastest, step_over),
         ("samples per s", of("samples_per_s", "{:,.0f}")),
         ("tokens per s", of("tokens_per_s", "{:,.0f}")),
         ("ms waiting for collectives", sent(of("waited_s", "{:.2f}", 1e3))),
@@ -80,15 +81,15 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, Callable[[str], str | No
         ("  over the least of TP", sent(over("sent_bytes"))),
         ("collectives per step", sent(of("calls", "{:g}"))),
         ("weights per rank", of("weights", "{:,.0f}")),
-        (f"  over {fastest}", over("weights")),
+        (over_fastest, over("weights")),
         ("peak memory per rank, MB", of("peak_bytes", "{:,.0f}", 1e-6)),
         ("validation loss at equal steps", of("val_loss", "{:.4f}")),
         (f"steps to {to}", target("steps", "{:,.0f}")),
         (f"seconds to {to}", target("seconds", "{:.2f}")),
-        (f"  over {fastest}", over("seconds_to_target")),
+        (over_fastest, over("seconds_to_target")),
         (f"joules to {to}", target("energy_j", "{:.1f}")),
         ("  which are", flag),
-        (f"  over {fastest}", over("energy_to_target")),
+        (over_fastest, over("energy_to_target")),
     ]
 
 

@@ -1,0 +1,200 @@
+"""Saving and loading checkpoints of either format, for any front end that has a module, optimizers and ranks."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.optim import Optimizer
+
+from lightning_phantom.checkpoints import full, sharded
+from lightning_phantom.checkpoints.files import is_local
+from lightning_phantom.checkpoints.format import (
+    SavedGenerators,
+    check_fits,
+    is_full,
+    method_of,
+    optimizers_of,
+    with_entry,
+    without_entry,
+)
+from lightning_phantom.checkpoints.optimizers import optimizer_from_names
+from lightning_phantom.checkpoints.rng import rng_states, set_rng_states
+from lightning_phantom.checkpoints.versions import discard, make_place, place_for, publish, verify
+from lightning_phantom.distributed.comm import Ranks, broadcast_object, gather_objects
+from lightning_phantom.distributed.mesh import Mesh
+from lightning_phantom.errors import CheckpointError
+from lightning_phantom.layers.split import SplitLinear, split_layers
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Store:
+    """The checkpoints of a module with layers that ranks hold between them. Every rank calls what saves or loads.
+
+    Attributes:
+        module: with its split layers.
+        optimizers: of its parameters.
+        mesh: this rank's groups.
+        device: where its tensors are.
+        io: reads and writes files, as a CheckpointIO of Lightning's.
+    """
+
+    module: nn.Module
+    optimizers: Sequence[Optimizer]
+    mesh: Mesh
+    device: torch.device
+    io: Any
+
+    @property
+    def _layer(self) -> SplitLinear:
+        """Any of the layers: all are of one kind."""
+        return next(iter(split_layers(self.module).values()))
+
+    def save(self, checkpoint: dict[str, Any], path: Any, state_dict_type: str, storage_options: Any = None) -> None:
+        """Save a checkpoint that holds this rank's shards and optimizer states.
+
+        Args:
+            checkpoint: as Lightning makes it: `state_dict`, `optimizer_states`, and whatever callbacks add.
+            path: of a file or a directory.
+            state_dict_type: `"full"` or `"sharded"`.
+            storage_options: for `io`.
+
+        Raises:
+            CheckpointError: on every rank, when one could not write. What was there before is still there.
+        """
+        try:
+            if state_dict_type == "full":
+                self._save_full(checkpoint, path, storage_options)
+            elif storage_options is not None or not is_local(path):
+                raise CheckpointError("a sharded checkpoint needs a local or mounted path, no storage options.")
+            else:
+                self._save_sharded(checkpoint, Path(broadcast_object(path)))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} was not saved: {error}") from error.__cause__
+
+    def load(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
+        """Read this rank's share of either kind of checkpoint, or a dense one, and check it; nothing changes yet.
+
+        Raises:
+            CheckpointError: it is damaged, incomplete, foreign, or of another model.
+        """
+        try:
+            if is_local(path) and Path(path).is_dir():
+                return self._load_sharded(Path(path), weights_only)
+            return self._load_full(path, weights_only)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error.__cause__
+
+    def optimizer_states(self, checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """This rank's share of the optimizer states in what `load` has returned, for `Optimizer.load_state_dict`.
+
+        Raises:
+            CheckpointError: the checkpoint was saved by another strategy, whose optimizer held the dense weights.
+        """
+        saved = optimizers_of(checkpoint)
+        if saved is None:
+            raise CheckpointError(
+                f"the checkpoint holds no optimizer state for {self._layer.kind} layers, so the fit cannot go on from "
+                f"it. To start from its weights, load them in the module (or its setup hook) and fit without ckpt_path."
+            )
+        if len(saved) != len(self.optimizers):
+            raise CheckpointError(f"the checkpoint has {len(saved)} optimizers, the module {len(self.optimizers)}.")
+        return [
+            optimizer_from_names(self.module, optimizer, state, whole=is_full(checkpoint))
+            for optimizer, state in zip(self.optimizers, saved, strict=True)
+        ]
+
+    def with_generators(self, checkpoint: Mapping[str, Any], mid_epoch: bool) -> dict[str, Any]:
+        """Return the checkpoint with the states of every replica's random number generators; collective."""
+        return with_entry(
+            checkpoint, rng=SavedGenerators(mid_epoch, gather_objects(rng_states(), self._replicas.group))
+        )
+
+    def restore_generators(self, saved: SavedGenerators) -> bool:
+        """Restore this replica's random number generators; False if there were another number of replicas."""
+        fits = len(saved.states) == self._replicas.size
+        if fits:
+            set_rng_states(saved.states[self._replicas.rank])
+        return fits
+
+    @property
+    def _replicas(self) -> Ranks:
+        return self.mesh.data_parallel
+
+    def _save_full(self, checkpoint: dict[str, Any], path: Any, storage_options: Any) -> None:
+        if self._replicas.rank == 0:
+            checkpoint = full.make_full(self.module, checkpoint, self.optimizers)
+        writer = dist.get_rank() == 0
+        _together(lambda: self.io.save_checkpoint(checkpoint, path, storage_options) if writer else None)
+
+    def _save_sharded(self, checkpoint: dict[str, Any], path: Path) -> None:
+        mesh = self.mesh.device_mesh(self.device.type)
+        writer = dist.get_rank() == 0
+        folder = place_for(path, broadcast_object(uuid.uuid4().hex))
+        try:
+            _together(lambda: make_place(folder, path) if writer else None)
+            mine = _together(lambda: sharded.write(folder, self.module, checkpoint, self.optimizers, mesh, writer))
+            checksums = {name: value for each in gather_objects(mine) for name, value in each.items()}
+            _together(lambda: publish(folder, path, checksums) if writer else None)
+        except CheckpointError:
+            if writer:
+                discard(folder, path)
+            raise
+
+    def _load_full(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
+        kwargs = {} if weights_only is None else {"weights_only": weights_only}
+        try:
+            loaded = self.io.load_checkpoint(path, **kwargs)
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"cannot be read; it is truncated or no checkpoint. Use an earlier one. ({error})"
+            ) from error
+        if isinstance(loaded, Mapping) and method_of(loaded) not in (None, self._layer.method):
+            # Its dense weights are as good as any; the optimizer's state is of other layers.
+            loaded = without_entry(loaded)
+        check_fits(self.module, loaded)
+        return full.take_share(self.module, loaded)
+
+    def _load_sharded(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
+        folder = _together(lambda: verify(path, dist.get_rank(), dist.get_world_size()))
+        try:
+            rest = sharded.read_rest(folder, weights_only)
+        except Exception as error:
+            raise CheckpointError(f"cannot be read; use an earlier one. ({error})") from error
+        check_fits(self.module, rest)
+        sharded.check_splits(self.module, rest)
+        mesh = self.mesh.device_mesh(self.device.type)
+        return _together(lambda: sharded.read_tensors(folder, rest, mesh))
+
+
+def _together(action: Callable[[], T]) -> T:
+    """Run `action` on every rank; when it fails on one, raise on all, so that none waits for the others."""
+    result: Any = None
+    failure: BaseException | None = None
+    failures: dict[int, BaseException] = {}
+    try:
+        result = action()
+    except CheckpointException as error:  # torch's, with what failed on any rank; it is no Exception
+        failure, failures = error, {rank: problem for rank, (problem, _) in error.failures.items()}
+    except Exception as error:
+        failure, failures = error, {dist.get_rank(): error}
+    everyone = gather_objects({rank: _words(problem) for rank, problem in failures.items()})
+    problems = {rank: problem for each in everyone for rank, problem in each.items()}
+    if problems:
+        raise CheckpointError("; ".join(f"rank {rank}: {problems[rank]}" for rank in sorted(problems))) from failure
+    return result
+
+
+def _words(error: BaseException) -> str:
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,118 @@
+"""What the command `lightning-phantom plan` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_phantom.commands.terminal import LABELS
+from lightning_phantom.cost.predict import METHODS
+from lightning_phantom.cost.scale import Scale, best, stops_paying
+from lightning_phantom.measure.simulate import Simulated
+
+
+def cost_table(here: Scale, origin: dict[str, str]) -> Any:
+    """What a step costs each method, per rank."""
+    from rich.table import Table
+
+    title = (
+        f"A step of the linears to be swapped, per rank: {here.num_ranks} ranks, p={here.num_blocks}, "
+        f"{here.tokens:,} tokens, {here.dtype}"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for heading in ("weights", "GFLOP", "MB sent", "calls", "predicted ms", "of it waiting", "of the fastest TP"):
+        table.add_column(heading, justify="right")
+    fastest = here.times[here.fastest_tp].seconds
+    for method in METHODS:
+        cost, time = here.costs[method], here.times[method]
+        table.add_row(
+            LABELS[method],
+            f"{cost.weights:,}",
+            f"{cost.flops / 1e9:.3f}",
+            f"{cost.sent_bytes / 1e6:.3f}",
+            str(cost.calls),
+            f"{1e3 * time.seconds:.2f}",
+            f"{1e3 * time.waited_s:.2f}",
+            f"{time.seconds / fastest:.3f}",
+        )
+    how = "measured on this machine" if "measured here" in origin.values() else "given"
+    given = [name for name, word in origin.items() if word == "given"]
+    if given and "measured here" in origin.values():
+        how += f", {', '.join(given)} given"
+    table.caption = f"Predicted from rates {how}. Bytes include the gradient of the chains' inputs."
+    table.caption_justify = "left"
+    return table
+
+
+def simulation_table(wide: Scale, measured: Mapping[str, Simulated]) -> Any:
+    """What one rank's share took here, beside what is predicted of it."""
+    from rich.table import Table
+
+    title = f"One of {wide.num_ranks} ranks, p={wide.num_blocks}: run here, the others left out"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for heading in ("weights", "compute ms", "predicted", "MB of tensors", "MB resident", "MB sent", "predicted"):
+        table.add_column(heading, justify="right")
+    for method, one in measured.items():
+        table.add_row(
+            LABELS[method],
+            f"{one.weights:,}",
+            f"{1e3 * one.compute_s:.2f}",
+            f"{1e3 * wide.times[method].compute_s:.2f}",
+            f"{one.tensor_bytes / 1e6:.1f}",
+            "-" if one.peak_bytes is None else f"{one.peak_bytes / 1e6:.1f}",
+            f"{one.sent_bytes / 1e6:.3f}",
+            f"{wide.costs[method].sent_bytes / 1e6:.3f}",
+        )
+    table.caption = (
+        "Tensors: weights, gradients and what the forward saves, by their shapes. Resident: the process's high-water "
+        "mark above what it held before, with temporary and freed memory. MB sent: what a rank of a ring sends."
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def sweep_table(same_ranks: Sequence[Scale], one_block: Sequence[Scale], here: Scale) -> Any:
+    """Phantom over the fastest TP, by the number of blocks."""
+    from rich.table import Table
+
+    table = Table(title="Over the number of blocks p: phantom / the fastest TP", title_justify="left")
+    for heading in ("p", "k", "weights", "FLOPs", "bytes on p ranks", f"step on {here.num_ranks} ranks", "on p ranks"):
+        table.add_column(heading, justify="right")
+    on_same = {row.num_blocks: row for row in same_ranks}
+    for row in one_block:
+        widths = row.phantom_widths
+        same = on_same.get(row.num_blocks)
+        table.add_row(
+            str(row.num_blocks),
+            str(widths[0]) if len(widths) == 1 else f"{widths[0]}-{widths[-1]}",
+            _number(row.ratio("weights")),
+            _number(row.ratio("flops")),
+            _number(row.ratio("sent_bytes")),
+            "-" if same is None else f"{1e3 * same.times['phantom'].seconds:.2f} ms, {same.time_ratio:.3f}",
+            f"{1e3 * row.times['phantom'].seconds:.2f} ms, {row.time_ratio:.3f}",
+        )
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def verdict(same_ranks: Sequence[Scale], one_block: Sequence[Scale], num_ranks: int) -> str:
+    """The best number of blocks, and the one from which more do not pay."""
+    lines = []
+    if same_ranks:
+        row = best(same_ranks)
+        lines.append(
+            f"On {num_ranks} ranks the shortest predicted step is at p={row.num_blocks}: {row.time_ratio:.3f} of the "
+            f"fastest TP's. A phantom layer is a smaller function at every p: compare losses too."
+        )
+    end = stops_paying(one_block)
+    if end is None and one_block:
+        lines.append(f"Work and bytes stay below TP's up to p={one_block[-1].num_blocks}.")
+    elif end is not None:
+        what = "work is" if (end.ratio("flops") or 0) >= 1 else "bytes are"
+        lines.append(f"It stops paying at p={end.num_blocks}: there its {what} no less than TP's.")
+    return "\n".join(lines)

@@ -1,0 +1,68 @@
+"""Checkpoints of format version 1, saved on two ranks by an earlier release, load for ever."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from training import Net, loader, trainer
+
+from lightning_phantom import PhantomStrategy, densify
+
+DATA = Path(__file__).parents[1] / "data"
+FORMATS = ("full", "sharded")
+STEPS = 8  # of the epoch that the saved fit had
+
+
+def net():
+    return Net(dropout=0.0, lr=0.01, optimizer=torch.optim.AdamW)
+
+
+def outputs_of(module):
+    with torch.no_grad():
+        return densify(module).eval()(torch.linspace(-1, 1, 64).view(4, 16))
+
+
+def _load_and_go_on(folder, kind):
+    """Outputs of what is loaded, then steps and losses of one more epoch with the optimizer's state."""
+    path = f"{folder}/{kind}.ckpt"
+    loaded = net()
+    trainer(folder, strategy=PhantomStrategy(num_blocks=4)).validate(loaded, loader(), ckpt_path=path, verbose=False)
+    resumed = net()
+    t = trainer(folder, strategy=PhantomStrategy(num_blocks=4, state_dict_type=kind), max_epochs=2)
+    t.fit(resumed, loader(), ckpt_path=path)
+    steps = {int(state["step"]) for state in t.optimizers[0].state.values()}
+    return outputs_of(loaded), t.global_step, steps, resumed.losses
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("version_1")
+    shutil.copy(DATA / "version_1_full.ckpt", folder / "full.ckpt")
+    shutil.copytree(DATA / "version_1_sharded.ckpt", folder / "sharded.ckpt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(copied):
+    return {(kind, size): run_ranks(size, _load_and_go_on, str(copied), kind) for kind in FORMATS for size in (1, 2)}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_weights_and_optimizer_load(results, kind, size):
+    expected = torch.load(DATA / "version_1_outputs.pt", weights_only=True)[kind]
+    for outputs, global_step, steps, losses in results[kind, size]:
+        torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-6)
+        assert global_step == 2 * STEPS and steps == {2 * STEPS}
+        assert losses == pytest.approx(results[kind, 1][0][3], rel=1e-4) and losses[-1] < 2
+
+
+def test_the_full_one_loads_without_the_package(copied):
+    module = net()
+    module.load_state_dict(torch.load(copied / "full.ckpt", weights_only=True)["state_dict"])
+    expected = torch.load(DATA / "version_1_outputs.pt", weights_only=True)["full"]
+    with torch.no_grad():
+        outputs = module.eval()(torch.linspace(-1, 1, 64).view(4, 16))
+    torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-6)
