@@ -28,7 +28,7 @@ from lightning_phantom.checkpoints.format import (
 from lightning_phantom.checkpoints.optimizers import optimizer_from_names
 from lightning_phantom.checkpoints.rng import rng_states, set_rng_states
 from lightning_phantom.checkpoints.versions import discard, make_place, place_for, publish, verify
-from lightning_phantom.distributed.comm import Ranks, broadcast_object, gather_objects
+from lightning_phantom.distributed.comm import broadcast_object, gather_objects
 from lightning_phantom.distributed.mesh import Mesh
 from lightning_phantom.errors import CheckpointError
 from lightning_phantom.layers.split import SplitLinear, split_layers
@@ -114,24 +114,18 @@ class Store:
         ]
 
     def with_generators(self, checkpoint: Mapping[str, Any], mid_epoch: bool) -> dict[str, Any]:
-        """Return the checkpoint with the states of every replica's random number generators; collective."""
-        return with_entry(
-            checkpoint, rng=SavedGenerators(mid_epoch, gather_objects(rng_states(), self._replicas.group))
-        )
+        """Return the checkpoint with the states of every rank's random number generators; collective."""
+        return with_entry(checkpoint, rng=SavedGenerators(mid_epoch, gather_objects(rng_states())))
 
     def restore_generators(self, saved: SavedGenerators) -> bool:
-        """Restore this replica's random number generators; False if there were another number of replicas."""
-        fits = len(saved.states) == self._replicas.size
+        """Restore this rank's random number generators; False if there were another number of ranks."""
+        fits = len(saved.states) == self.mesh.world.size
         if fits:
-            set_rng_states(saved.states[self._replicas.rank])
+            set_rng_states(saved.states[self.mesh.world.rank])
         return fits
 
-    @property
-    def _replicas(self) -> Ranks:
-        return self.mesh.data_parallel
-
     def _save_full(self, checkpoint: dict[str, Any], path: Any, storage_options: Any) -> None:
-        if self._replicas.rank == 0:
+        if self.mesh.data_parallel.rank == 0:
             checkpoint = full.make_full(self.module, checkpoint, self.optimizers)
         writer = dist.get_rank() == 0
         _together(lambda: self.io.save_checkpoint(checkpoint, path, storage_options) if writer else None)

@@ -107,6 +107,10 @@ class Agreement:
         self._entries += 1
         return Rows(counts, self.shared_batches, self._entries)
 
+    def begin(self) -> None:
+        """Start over, unasked: what comes next is compared with what has come first."""
+        self._here = self._first
+
     def step(self, what: str, rows: Rows | None = None) -> None:
         """Agree on the next collective, unasked where nothing else was ever next.
 

@@ -165,3 +165,10 @@ def gather_objects(value: Any, group: Group = None) -> list[Any]:
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, value, group=group)
     return everyone
+
+
+def broadcast_object(value: Any) -> Any:
+    """What the world's first rank holds."""
+    held = [value]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]

@@ -1,4 +1,4 @@
-"""Gradients of a model whose parameters lie partly on other ranks: their norm, and their overflows."""
+"""Gradients of a model whose parameters lie partly on other ranks: their average, their norm, and their overflows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,53 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_phantom.distributed.ranks import Ranks
+from lightning_phantom.distributed.ranks import Ranks, Waiting
 from lightning_phantom.distributed.shards import Split
+
+
+class ShardAverage:
+    """Averages the gradients of shards over the groups, in the backward, as soon as each is there.
+
+    Within a group they hold the mean over its ranks already. What has been accumulated is averaged with the backward
+    that is not `blocked`, like DistributedDataParallel's.
+
+    Args:
+        shards: the parameters of which each rank of a group has its own.
+        ranks: those that hold the same shards, one in each group.
+
+    Attributes:
+        blocked: whether gradients only accumulate.
+    """
+
+    def __init__(self, shards: Iterable[Tensor], ranks: Ranks) -> None:
+        self.blocked = False
+        self._ranks = ranks
+        self._arriving: dict[int, tuple[Tensor, list[Waiting]]] = {}
+        self._handles = [p.register_post_accumulate_grad_hook(self._start) for p in shards if p.requires_grad]
+
+    def remove(self) -> None:
+        """Average no more."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _start(self, parameter: Tensor) -> None:
+        if self.blocked or parameter.grad is None:
+            return
+        if not self._arriving:
+            self._ranks.agreement.begin()
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        # A parameter that is reached again in this backward finds no gradient, and starts one that is added in the end.
+        grad, parameter.grad = parameter.grad.contiguous(), None
+        _, waiting = self._arriving.setdefault(id(parameter), (parameter, []))
+        waiting.append(self._ranks.sum(grad, None, f"average of the gradient of a shard {list(grad.shape)}"))
+
+    def _finish(self) -> None:
+        arriving, self._arriving = self._arriving, {}
+        for parameter, waiting in arriving.values():
+            first, *others = (wait() for wait in waiting)
+            for other in others:
+                first += other
+            parameter.grad = first.div_(self._ranks.size)
 
 
 @torch.no_grad()

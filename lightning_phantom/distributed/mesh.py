@@ -1,4 +1,4 @@
-"""The two dimensions of a job: R ranks that share each layer, D replicas of the model that see different data."""
+"""The two dimensions of a job: groups of R ranks that hold each layer between them, and D such groups."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ class Mesh(NamedTuple):
 
     Attributes:
         phantom: the ranks that hold each layer between them.
-        data_parallel: the ranks, one in each replica, that hold the same blocks.
+        data_parallel: the ranks, one in each group, that hold the same blocks.
+        world: all ranks; each reads its own batches.
         groups: the process groups of both dimensions, ("data_parallel", "phantom").
     """
 
     phantom: Ranks
     data_parallel: Ranks
+    world: Ranks
     groups: tuple[dist.ProcessGroup, dist.ProcessGroup]
 
     def device_mesh(self, device_type: str) -> DeviceMesh:
@@ -43,17 +45,15 @@ class Mesh(NamedTuple):
         return DeviceMesh.from_group(list(self.groups), device_type, world, mesh_dim_names=names)
 
 
-def resolve_sizes(
-    phantom_size: int | str, data_parallel_size: int | str, num_blocks: int | None, devices: int, nodes: int
-) -> Sizes:
+def resolve_sizes(phantom_size: int | str, num_blocks: int | None, devices: int, nodes: int) -> Sizes:
     """Settle R, D and p for `nodes` nodes of `devices` ranks each.
 
     Raises:
-        PhantomError: R * D is not the number of ranks, R does not divide p, or p would be 1.
+        PhantomError: R does not divide the number of ranks or p, or p would be 1.
     """
-    if phantom_size == "auto" and data_parallel_size == "auto" and num_blocks is not None:
+    if phantom_size == "auto" and num_blocks is not None:
         phantom_size = math.gcd(num_blocks, devices)
-    ranks, replicas = share_out("phantom_parallel_size", phantom_size, data_parallel_size, devices, nodes)
+    ranks, groups = share_out("phantom_parallel_size", phantom_size, devices, nodes)
     blocks = ranks if num_blocks is None else num_blocks
     if blocks == 1:
         raise PhantomError(
@@ -66,28 +66,22 @@ def resolve_sizes(
             f"divide the number of blocks. Set num_blocks to a multiple of {ranks}, or phantom_parallel_size to "
             f"a divisor of {blocks}."
         )
-    return Sizes(ranks, replicas, blocks)
+    return Sizes(ranks, groups, blocks)
 
 
-def share_out(name: str, size: int | str, data_parallel_size: int | str, devices: int, nodes: int) -> tuple[int, int]:
-    """Settle R, which the user calls `name`, and D; both `"auto"`: the devices of a node, and the nodes.
+def share_out(name: str, size: int | str, devices: int, nodes: int) -> tuple[int, int]:
+    """Settle R, which the user calls `name`, and the number of groups; `"auto"`: the devices of a node.
 
     Raises:
-        PhantomError: R * D is not the number of ranks.
+        PhantomError: R does not divide the number of ranks.
     """
-    world = devices * nodes
-    if size == "auto" and data_parallel_size == "auto":
-        size = devices
-    known = data_parallel_size if size == "auto" else size
-    rest = max(world // int(known), 1)
-    ranks = rest if size == "auto" else int(size)
-    replicas = rest if data_parallel_size == "auto" else int(data_parallel_size)
-    if ranks * replicas != world:
+    world, ranks = devices * nodes, devices if size == "auto" else int(size)
+    if world % ranks:
         raise PhantomError(
-            f"{name}={ranks} x data_parallel_size={replicas} needs {ranks * replicas} ranks, but there "
-            f"are {world} ({nodes} nodes x {devices} devices). Change one of them, or leave both 'auto'."
+            f"{name}={ranks} does not divide the {world} ranks there are ({nodes} nodes x {devices} devices). Choose a "
+            f"divisor of {world}, or leave it 'auto'."
         )
-    return ranks, replicas
+    return ranks, world // ranks
 
 
 # Groups are collective to make and cannot be unmade cheaply: one set per process and R, for as long as its world lives.
@@ -103,5 +97,6 @@ def make_mesh(sizes: Sizes, timeout: timedelta | None) -> Mesh:
         phantom, _ = dist.new_subgroups_by_enumeration(rows, timeout=timeout)
         data_parallel, _ = dist.new_subgroups_by_enumeration(columns, timeout=timeout)
         phantom_ranks = Ranks(phantom if sizes.phantom > 1 else None)
-        meshes[sizes.phantom] = Mesh(phantom_ranks, Ranks(data_parallel), (data_parallel, phantom))
+        world = Ranks(dist.group.WORLD)
+        meshes[sizes.phantom] = Mesh(phantom_ranks, Ranks(data_parallel), world, (data_parallel, phantom))
     return meshes[sizes.phantom]

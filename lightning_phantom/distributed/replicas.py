@@ -1,12 +1,14 @@
 """Finds ranks that have drifted apart before their training is worth nothing.
 
-The ranks of one replica must see the same batches and hold the same replicated parameters. A digest of fixed size
-is gathered, so that unequal structures cannot hang the check; only when digests differ are entries compared by name.
+All ranks must hold the same replicated parameters, and in prediction those of a group must read the same batches. A
+digest of fixed size is gathered, so that unequal structures cannot hang the check; only when digests differ are entries
+compared by name.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -14,10 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from lightning_phantom.distributed.comm import broadcast, within_reach
+from lightning_phantom.distributed.comm import gather_objects
 from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import PhantomError
 
@@ -27,14 +28,16 @@ RELATIVE_TOLERANCE = 1e-3  # on accelerators, where atomics leave the last bits 
 
 
 class ReplicaCheck:
-    """Compares batches and replicated parameters over the ranks of one replica.
+    """Compares replicated parameters over all ranks, and batches over a group's.
 
     Args:
-        ranks: the group.
+        world: all ranks.
+        group: those that hold each layer between them.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
+    def __init__(self, world: Ranks, group: Ranks) -> None:
+        self._world = world
+        self._group = group
         self._batches: Counter[str] = Counter()
         self._steps = 0
 
@@ -49,16 +52,16 @@ class ReplicaCheck:
         Raises:
             PhantomError: on every rank, naming the entry and the ranks that differ.
         """
-        if self._ranks.size == 1 or self._batches[kind] >= FIRST_BATCHES:
+        if self._group.size == 1 or self._batches[kind] >= FIRST_BATCHES:
             return
         self._batches[kind] += 1
         leaves, _ = tree_flatten_with_path(batch)
         entries = [(f"batch{keystr(path)}", _exact(leaf)) for path, leaf in leaves]
         self._compare(
             entries,
-            f"the ranks of one replica got different {kind} batches. They must load the same samples in the same "
-            f"order and augment them alike: seed with seed_everything(..., workers=True), and let your own sampler use "
-            f"trainer.distributed_sampler_kwargs",
+            f"the ranks of one phantom group got different {kind} batches. In {kind} they must load the same "
+            f"samples in the same order: let your own sampler use trainer.distributed_sampler_kwargs",
+            self._group,
         )
 
     def step(self, module: nn.Module, sharded: Collection[int]) -> None:
@@ -73,66 +76,60 @@ class ReplicaCheck:
         """
         due = self._steps < FIRST_BATCHES or self._steps % EVERY_STEPS == 0
         self._steps += 1
-        if due and self._ranks.size > 1:
+        if due and self._world.size > 1:
             self.parameters(module, sharded)
 
     def parameters(self, module: nn.Module, sharded: Collection[int]) -> None:
         """Compare the replicated parameters, all but those with the `sharded` ids, now."""
         held = [(name, p) for name, p in module.named_parameters() if id(p) not in sharded]
         message = (
-            "the ranks of one replica hold different values of a parameter that they should share. Something in "
+            "the ranks hold different values of a parameter that they should share. Something in "
             "training_step or an optimizer hook depends on the rank or on an unseeded generator"
         )
         if all(p.device.type == "cpu" for _, p in held):
-            self._compare([(name, _exact(p)) for name, p in held], message)
+            self._compare([(name, _exact(p)) for name, p in held], message, self._world)
         else:
             self._compare_closely(held, message)
 
-    def _compare(self, entries: list[tuple[str, str]], message: str) -> None:
+    def _compare(self, entries: list[tuple[str, str]], message: str, ranks: Ranks) -> None:
         digest = hashlib.blake2b(repr(entries).encode(), digest_size=8).digest()
         mine = torch.tensor([int.from_bytes(digest, "little", signed=True)])
-        if len(set(self._gather(mine)[:, 0].tolist())) == 1:
+        if len(set(_gather(mine, ranks)[:, 0].tolist())) == 1:
             return
-        everyone: list[Any] = [None] * self._ranks.size
-        dist.all_gather_object(everyone, dict(entries), group=self._ranks.group)
+        everyone = gather_objects(dict(entries), ranks.group)
         for name in dict.fromkeys(name for entries in everyone for name in entries):
             values = [entries.get(name) for entries in everyone]
             if len(set(values)) > 1:
-                raise PhantomError(f"{message}. First difference: {name!r}, {_who(values, self._ranks)}.")
+                raise PhantomError(f"{message}. First difference: {name!r}, {_who(values, ranks)}.")
 
     def _compare_closely(self, held: Sequence[tuple[str, Tensor]], message: str) -> None:
         sums = [(p.detach().double().sum(), p.detach().double().abs().sum()) for _, p in held]
         mine = torch.stack([torch.stack(pair) for pair in sums]).cpu()
-        everyone = self._gather(mine.flatten()).view(self._ranks.size, -1, 2)
+        everyone = _gather(mine.flatten(), self._world).view(self._world.size, -1, 2)
         for n, (name, _) in enumerate(held):
             spread = everyone[:, n].amax(0) - everyone[:, n].amin(0)
             if bool((spread > RELATIVE_TOLERANCE * everyone[:, n, 1].amax()).any()):
                 raise PhantomError(
                     f"{message}. First difference: {name!r}, sums {everyone[:, n, 0].tolist()} on ranks "
-                    f"{_global_ranks(self._ranks)}."
+                    f"{_global_ranks(self._world)}."
                 )
 
-    def _gather(self, mine: Tensor) -> Tensor:
-        return self._ranks.all_gather(within_reach(mine.unsqueeze(0), self._ranks.group))().flatten(0, 1).cpu()
+
+def _gather(mine: Tensor, ranks: Ranks) -> Tensor:
+    return ranks.gather_shards(mine.unsqueeze(0)).flatten(0, 1).cpu()
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in what Python says of an object that says nothing of itself
 
 
 def _exact(leaf: Any) -> str:
     if not isinstance(leaf, Tensor):
-        return f"{type(leaf).__name__} {leaf!r}"[:200]
+        return f"{type(leaf).__name__} {_ADDRESS.sub('', repr(leaf))}"[:200]
     data = leaf.detach().cpu().contiguous()
     if data.is_sparse or data.layout != torch.strided:
         data = data.to_dense()
     raw = data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b""
     return f"{leaf.dtype} {list(leaf.shape)} {hashlib.blake2b(raw, digest_size=16).hexdigest()}"
-
-
-@torch.no_grad()
-def realign(module: nn.Module, sharded: Collection[int], optimizers: Iterable[Optimizer], ranks: Ranks) -> None:
-    """Give the ranks of a replica its first rank's replicated parameters and their optimizer states."""
-    replicated = [p for p in module.parameters() if id(p) not in sharded]
-    states = [o.state.get(p, {}) for o in optimizers for p in replicated]
-    for tensor in (*replicated, *(v for state in states for v in state.values() if isinstance(v, Tensor))):
-        tensor.copy_(broadcast(tensor, ranks.process_group))
 
 
 def _global_ranks(ranks: Ranks) -> list[int]:

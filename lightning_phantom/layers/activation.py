@@ -114,6 +114,7 @@ class ShardedActivation(Tensor):
 
     @staticmethod
     def __new__(cls, local: Tensor, shape: Sequence[int]) -> ShardedActivation:
+        """A tensor of `shape` that holds nothing yet; `wrap` makes activations."""
         made: ShardedActivation = Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
         return made
 
@@ -174,7 +175,7 @@ class ShardedActivation(Tensor):
             return _by_token(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Give plain values to what has passed by `__torch_function__`; autograd sees the activation itself."""
         if func._schema.is_mutable:
             first = next(_activations_in([*args, *(kwargs or {}).values()]))
@@ -291,8 +292,10 @@ def _by_token(func: Any, args: Any, kwargs: Any) -> Any:
         raise LayoutError(f"{name}(out=...) cannot write into an activation of {kwargs['out'].place.layer!r}.")
     target = args[0] if args and isinstance(args[0], ShardedActivation) else None
     writes = target is not None and (
-        (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE or name == "__setitem__" or
-        bool(kwargs.get("inplace"))
+        (name.endswith("_") and not name.endswith("__"))
+        or name in IN_PLACE
+        or name == "__setitem__"
+        or bool(kwargs.get("inplace"))
     )
     if not writes:
         return func(*_plain(args, name), **_plain(kwargs, name))
@@ -337,7 +340,7 @@ def _grad(activation: ShardedActivation) -> Tensor | None:
     if local is None:
         assert activation._whole is not None
         return activation._whole.grad
-    own = Tensor.grad.__get__(activation)  # type: ignore[attr-defined]
+    own: Tensor | None = Tensor.grad.__get__(activation)  # type: ignore[union-attr]
     if local.grad is None:
         return own
     place = activation.place
@@ -383,7 +386,7 @@ def _autograd_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> tupl
 
 
 _SPECIAL: dict[Any, Callable[..., Any]] = {
-    Tensor.grad.__get__: _grad,  # type: ignore[attr-defined]
+    Tensor.grad.__get__: _grad,  # type: ignore[union-attr]
     Tensor.register_hook: _register_hook,
     Tensor.retain_grad: _retain_grad,
     Tensor.requires_grad_: _require_grad,

@@ -52,8 +52,8 @@ CASTS = frozenset(_CASTS)
 # Questions about a tensor that its shape, type and place answer.
 _QUESTIONS = (
     "shape dtype device layout ndim itemsize nbytes requires_grad is_leaf grad_fn names _version "
-    "is_cuda is_cpu is_meta is_sparse is_sparse_csr is_mkldnn is_quantized is_nested is_xpu is_mps is_mtia is_ipu is_xla "
-    "is_vulkan is_maia retains_grad output_nr _is_view"
+    "is_cuda is_cpu is_meta is_sparse is_sparse_csr is_mkldnn is_quantized is_nested is_xpu is_mps is_mtia is_ipu "
+    "is_xla is_vulkan is_maia retains_grad output_nr _is_view"
 ).split()
 _QUESTIONS_CALLED = (
     "size dim ndimension numel nelement element_size is_floating_point is_complex is_signed is_contiguous "

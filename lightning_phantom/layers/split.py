@@ -184,7 +184,9 @@ class SplitLinear(nn.Linear):
             )
         if isinstance(input, ShardedActivation) and input.place.ranks.process_group is self.ranks.process_group:
             assert input.local is not None
-            last = Last(weakref.ref(input, self._forget), version_of(input), _mode(input), input.local, input.place.rows)
+            last = Last(
+                weakref.ref(input, self._forget), version_of(input), _mode(input), input.local, input.place.rows
+            )
         else:
             plain = input.whole(self.name) if isinstance(input, ShardedActivation) else input
             n = plain.shape[:-1].numel()

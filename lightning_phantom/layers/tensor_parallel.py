@@ -190,6 +190,7 @@ class _Column(torch.autograd.Function):
         x, xs, *factors = ctx.saved_tensors
         needs_x, _, _, _, _, *needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
+
             def multiply(x: Tensor, *factors: Any) -> list[Tensor]:
                 return _column(x, ranks, rows, what, inside, *factors)
 
@@ -237,6 +238,7 @@ class _Row(torch.autograd.Function):
         x, *factors = ctx.saved_tensors
         needs_x, _, _, _, *needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
+
             def multiply(x: Tensor, *factors: Any) -> list[Tensor]:
                 return _row(x, ranks, rows, what, *factors)
 

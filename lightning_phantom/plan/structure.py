@@ -17,7 +17,9 @@ from torch import nn
 from lightning_phantom.layers.dense import features, is_linear
 from lightning_phantom.plan.trace import Flow, flows_of
 
-_FEED_FORWARD = re.compile(r"mlp|ffn|ff\b|feed_?forward|dense_h_to_4h|dense_4h_to_h|intermediate|fc[12_]", re.IGNORECASE)
+_FEED_FORWARD = re.compile(
+    r"mlp|ffn|ff\b|feed_?forward|dense_h_to_4h|dense_4h_to_h|intermediate|fc[12_]", re.IGNORECASE
+)
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
@@ -201,7 +203,7 @@ def _ffns_of(flows: list[Flow]) -> list[FFN]:
 
 
 def _registered(root: nn.Module, left: Mapping[str, Any]) -> Iterable[FFN]:
-    """d -> h and h -> d (gated: d -> h twice), registered one after the other, nothing linear between."""
+    """D -> h and h -> d (gated: d -> h twice), registered one after the other, nothing linear between."""
     names = [name for name, module in root.named_modules() if is_linear(module)]
     n = 0
     while n < len(names):

@@ -67,7 +67,9 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
         for name in sources.get(read, ())
     }
     return [
-        Flow(str(node.target), sources.get(node.all_input_nodes[0], ()), node.all_input_nodes[0], node.target in leaving)
+        Flow(
+            str(node.target), sources.get(node.all_input_nodes[0], ()), node.all_input_nodes[0], node.target in leaving
+        )
         for node in calls
         if node.all_input_nodes
     ]

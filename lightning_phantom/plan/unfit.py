@@ -71,7 +71,9 @@ def _weights_named_by(cls: type[nn.Module]) -> tuple[str, ...]:
         source = inspect.getsource(cls.forward)
     except (OSError, TypeError):
         return ()
-    return tuple(re.findall(r"\bself\.(\w+(?:\.\w+)*)\.(?:weight|bias)\b(?!\.(?:dtype|device|shape|requires_grad))", source))
+    return tuple(
+        re.findall(r"\bself\.(\w+(?:\.\w+)*)\.(?:weight|bias)\b(?!\.(?:dtype|device|shape|requires_grad))", source)
+    )
 
 
 def _unusual(linear: Any) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 from abc import abstractmethod
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -13,13 +12,11 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import lightning as L
-import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
 
 from lightning_phantom.config import is_int
@@ -27,15 +24,16 @@ from lightning_phantom.distributed.comm import broadcast
 from lightning_phantom.distributed.gradients import agree_on_inf
 from lightning_phantom.distributed.mesh import Sizes, make_mesh
 from lightning_phantom.distributed.replicas import ReplicaCheck
-from lightning_phantom.errors import PhantomError, PlanError
-from lightning_phantom.layers.dense import is_linear
+from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers.split import SplitLinear, sharded_parameters, split_layers
 from lightning_phantom.plan.record import Plan
+from lightning_phantom.strategies.agree import Swapper
 from lightning_phantom.strategies.checks import check_optimizers, check_trainer, check_update_rules
+from lightning_phantom.strategies.first_step import FirstStep
 from lightning_phantom.strategies.launch import PhantomLauncher
-from lightning_phantom.strategies.materialise import count_replicas_once, give_back_groups, materialise
+from lightning_phantom.strategies.materialise import materialise
 from lightning_phantom.strategies.running import RunningStrategy
-from lightning_phantom.swap import carry_out, nothing_qualifies
+from lightning_phantom.swap import nothing_qualifies
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
@@ -43,13 +41,12 @@ DEFAULT_TIMEOUT = timedelta(minutes=30)
 class SplitStrategy(RunningStrategy):
     """Trains an unchanged LightningModule whose feed-forward linears are split over ranks.
 
-    Each group of R ranks holds one replica of the model: the layers that a plan names split between them, the rest
-    whole. With D > 1 replicas, gradients are averaged by DistributedDataParallel. R * D is the number of ranks.
+    Every rank reads its own batches and holds all of the model but the layers that a plan names: those a group of R
+    ranks holds between them. DistributedDataParallel averages the gradients of the rest over all ranks.
 
     Args:
         size_name: what a user calls R.
         size: R, or `"auto"`.
-        data_parallel_size: D, or `"auto"`.
         state_dict_type: `"full"` or `"sharded"`.
         weights_only: for `torch.load`.
         check_replicas: whether to compare what ranks must share.
@@ -57,8 +54,6 @@ class SplitStrategy(RunningStrategy):
         checkpoint_io: what reads and writes files.
         kwargs: for DDPStrategy.
 
-    Attributes:
-        plan: what happened to each linear; None before the first run.
     """
 
     strategy_name: str
@@ -67,7 +62,6 @@ class SplitStrategy(RunningStrategy):
         self,
         size_name: str,
         size: int | Literal["auto"],
-        data_parallel_size: int | Literal["auto"],
         state_dict_type: str,
         weights_only: bool | None,
         check_replicas: Literal["auto"] | bool,
@@ -82,9 +76,8 @@ class SplitStrategy(RunningStrategy):
         ):
             if kwargs.pop(refused, None) not in (None, "popen"):
                 raise PhantomError(f"{type(self).__name__} does not take {refused}: {why}; leave it out.")
-        for name, value in ((size_name, size), ("data_parallel_size", data_parallel_size)):
-            if value != "auto" and (not is_int(value) or int(value) < 1):
-                raise PhantomError(f"{name}={value!r}: needs an int of at least 1, or 'auto'.")
+        if size != "auto" and (not is_int(size) or int(size) < 1):
+            raise PhantomError(f"{size_name}={size!r}: needs an int of at least 1, or 'auto'.")
         if not isinstance(timeout, timedelta) or timeout <= timedelta(0):
             raise PhantomError(f"timeout={timeout!r}: needs a positive datetime.timedelta.")
         if state_dict_type not in ("full", "sharded"):
@@ -93,10 +86,8 @@ class SplitStrategy(RunningStrategy):
             raise PhantomError(f"check_replicas={check_replicas!r}: choose 'auto', True or False.")
         super().__init__(bool(check_replicas), state_dict_type, weights_only, checkpoint_io, timeout=timeout, **kwargs)
         self._size = size
-        self._data_parallel_size = data_parallel_size
         self._seed: int | None = None
-        self.plan: Plan | None = None
-        self._planned: L.LightningModule | None = None
+        self._swapper: Swapper | None = None
 
     # What the two strategies differ in
 
@@ -116,6 +107,11 @@ class SplitStrategy(RunningStrategy):
     @abstractmethod
     def _check_layer(self, name: str, layer: SplitLinear, config: Any) -> None:
         """Raise PhantomError if a layer that is split already is none that this strategy would make."""
+
+    @property
+    def plan(self) -> Plan | None:
+        """What happened to each linear; None before the first run."""
+        return None if self._swapper is None else self._swapper.plan
 
     # Start of a run
 
@@ -146,47 +142,50 @@ class SplitStrategy(RunningStrategy):
         self._swap(config)
 
     def setup(self, trainer: L.Trainer) -> None:
-        """Swap what `configure_model` made, move and align the model, wrap it for D > 1, make the optimizers."""
-        assert self.accelerator is not None and self.model is not None and self.lightning_module is not None
+        """Swap what `configure_model` made, move and align the model, make averages and optimizers."""
+        module = self.lightning_module
+        assert self.accelerator is not None and self.model is not None and module is not None
         fitting = trainer.state.fn == TrainerFn.FITTING
         self.accelerator.setup(trainer)
-        early = split_layers(self.lightning_module)
+        # Before anything looks at the module's parameters.
+        early = split_layers(module)
         self._swap(self.config)
-        swapped_late = split_layers(self.lightning_module) != early
-        check_trainer(trainer, self.mesh.phantom.size, swapped_late)
-        if not split_layers(self.lightning_module):
-            raise nothing_qualifies(self.lightning_module, self._plan(self.lightning_module, self.config))
-        materialise(self.lightning_module, self.root_device)
-        if fitting and self._layer_sync and self.data_parallel_size > 1:
+        check_trainer(trainer, self.mesh.phantom.size, swapped_late=split_layers(module) != early)
+        if not split_layers(module):
+            raise nothing_qualifies(module, self._plan(module, self.config))
+        materialise(module, self.root_device)
+        if fitting and self._layer_sync and self.world_size > 1:
             self.model = self._layer_sync.apply(self.model)
-        layers = split_layers(self.lightning_module)
+        layers = split_layers(module)
         self.model = self.precision_plugin.convert_module(self.model)
-        if split_layers(self.lightning_module) != layers:
+        if split_layers(module) != layers:
             raise PhantomError(
                 f"{type(self.precision_plugin).__name__} has put layers of its own where the {self.layer_kind} layers "
                 f"were; it replaces linear layers, which {self.layer_kind} layers are not in its sense. Use a plain "
                 f"precision."
             )
+        # Now that every parameter is the one that will be trained, and where.
         self.model_to_device()
+        self._sharded = sharded_parameters(module)
         self._align_replicated()
-        count_replicas_once(self.lightning_module, self.mesh.data_parallel)
         if fitting:
-            if self.data_parallel_size > 1:
+            if self.world_size > 1:
                 self.configure_ddp()
-                # Replicas draw different dropout masks; the ranks within one draw the same numbers.
-                torch.manual_seed(torch.initial_seed() + self.mesh.data_parallel.rank)
+                torch.manual_seed(torch.initial_seed() + self.global_rank)  # dropout falls otherwise on every rank
             self.optimizers, self.lr_scheduler_configs = [], []
             self.setup_optimizers(trainer)
-            check_optimizers(self.optimizers, self.lightning_module)
+            assert self._swapper is not None and self.plan is not None
+            self._swapper.update(self.optimizers)
+            check_optimizers(self.optimizers, module)
             check_update_rules(self.optimizers, self.mesh.phantom.size)
-        self._sharded = sharded_parameters(self.lightning_module)
-        self._check = ReplicaCheck(self.mesh.phantom) if self._check_replicas else None
+            self._first_step = FirstStep(module, self.plan)
+        self._check = ReplicaCheck(self.mesh.world, self.mesh.phantom) if self._check_replicas else None
         self.setup_precision_plugin()
         # Instance attributes, removed in teardown: the plugin is the user's and knows nothing of shards.
         self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
         scaler = getattr(self.precision_plugin, "scaler", None)
         if scaler is not None:
-            agree_on_inf(scaler, self.mesh.phantom)
+            agree_on_inf(scaler, self.mesh.world)
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
 
@@ -196,9 +195,10 @@ class SplitStrategy(RunningStrategy):
         scaler = getattr(self.precision_plugin, "scaler", None)
         if scaler is not None:
             vars(scaler).pop("_unscale_grads_", None)
+        if self._average is not None:
+            self._average.remove()
+            self._average = None
         module = self._lightning_module
-        if module is not None and self._mesh is not None:
-            give_back_groups(module, self.mesh.data_parallel)
         if module is not None and any(p.is_meta for p in module.parameters()):
             self._lightning_module = None  # a run that failed early: moving meta tensors would raise over its error
         try:
@@ -207,47 +207,27 @@ class SplitStrategy(RunningStrategy):
             self._lightning_module = module
 
     def _agree_on_seed(self) -> None:
-        """Start every rank from one seed when the user set none: replicated dropout must fall alike."""
+        """Draw the layers' first weights from one seed on every rank."""
         if self._seed is None:
             chosen = os.environ.get("PL_GLOBAL_SEED")
-            self._seed = seed = self.broadcast(torch.initial_seed() % 2**32 if chosen is None else int(chosen))
-            if chosen is None:
-                torch.manual_seed(seed)
-                random.seed(seed)
-                np.random.seed(seed)
+            self._seed = self.broadcast(torch.initial_seed() % 2**32 if chosen is None else int(chosen))
 
     def _swap(self, config: Any) -> None:
-        """Swap what qualifies and is not swapped yet, and show the plan on rank 0."""
+        """Swap what qualifies and is not swapped yet."""
         module = self.lightning_module
         assert module is not None
         for name, layer in split_layers(module).items():
             self._check_layer(name, layer, config)
-        if module is not self._planned:
-            self._planned, self.plan = module, None
-        linears = {name for name, m in module.named_modules() if is_linear(m)}
-        if self.plan is not None and self.plan.config == config:
-            if linears == {layer.name for layer in self.plan.layers}:
-                return
-        plan = self._plan(module, config)
-        if not plan.swapped:
-            self.plan = self.plan or plan
-            return
-        digests: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(digests, str(plan))
-        if len(set(digests)) > 1:
-            raise PlanError("the ranks built different modules, so their plans differ; build the same one on each.")
-        _show(plan)
-        carry_out(module, plan, self.mesh.phantom.process_group, dist.group.WORLD)
-        _show_shares(plan, module, self.mesh.phantom.size)
-        self.plan = plan if self.plan is None else _joined(self.plan, plan)
+        if self._swapper is None or self._swapper.module is not module:
+            self._swapper = Swapper(module, self._plan)
+        self._swapper.swap(config, self.mesh)
 
     @torch.no_grad()
     def _align_replicated(self) -> None:
         """Give every rank global rank 0's replicated parameters and buffers; shards are each rank's own."""
         assert self.lightning_module is not None
-        sharded = sharded_parameters(self.lightning_module)
         for tensor in (*self.lightning_module.parameters(), *self.lightning_module.buffers()):
-            if id(tensor) not in sharded:
+            if id(tensor) not in self._sharded:
                 tensor.copy_(broadcast(tensor, dist.group.WORLD))
 
     @classmethod
@@ -255,40 +235,3 @@ class SplitStrategy(RunningStrategy):
         """Make the strategy known by name."""
         if cls.strategy_name not in strategy_registry:
             strategy_registry.register(cls.strategy_name, cls, description=(cls.__doc__ or "").splitlines()[0])
-
-
-def _joined(first: Plan, second: Plan) -> Plan:
-    """One plan for layers swapped in two passes."""
-    later = {layer.name: layer for layer in second.layers}
-    kept = {layer.name: layer for layer in first.swapped}
-    return replace(
-        second,
-        layers=tuple(kept.get(name, layer) for name, layer in later.items()),
-        chains=first.chains + second.chains,
-    )
-
-
-@rank_zero_only
-def _show(plan: Plan) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if console.is_terminal:
-        console.print(plan)
-    else:
-        print(plan, flush=True)
-    for layer in plan.swapped:
-        if "warning: " in layer.reason:
-            rank_zero_warn(f"{layer.name!r}: {layer.reason.partition('warning: ')[2]}.")
-
-
-@rank_zero_only
-def _show_shares(plan: Plan, module: nn.Module, ranks: int) -> None:
-    if ranks > 1:
-        whole = sum(layer.weights_after for layer in plan.swapped)
-        held = sum(p.numel() for layer in plan.swapped for p in module.get_submodule(layer.name).parameters())
-        print(
-            f"Each of {ranks} ranks holds {held:,} of the {whole:,} weights of the swapped layers; "
-            f"Lightning's model summary counts one rank's.",
-            flush=True,
-        )

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelPruning, ThroughputMonitor
+from lightning.pytorch.callbacks import ModelPruning
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_phantom.errors import PhantomError
-from lightning_phantom.layers.phantom import PhantomLinear
 from lightning_phantom.layers.split import split_layers
 
 
@@ -37,17 +36,11 @@ def check_trainer(trainer: L.Trainer, ranks: int, swapped_late: bool) -> None:
                 f"{type(callback).__name__} copied the model before the layers that configure_model makes were "
                 f"swapped. Make them in __init__, or leave the callback out."
             )
-        if isinstance(callback, ThroughputMonitor) and ranks > 1:
-            rank_zero_warn(
-                f"ThroughputMonitor multiplies by trainer.world_size, but the {ranks} ranks of one replica share "
-                f"their batches: divide its global samples, batches and items per second by {ranks}. What it logs "
-                f"under 'device' is right."
-            )
     for logger in trainer.loggers:
         if ranks > 1 and getattr(logger, "_log_graph", False):
             raise PhantomError(
                 f"{type(logger).__name__}(log_graph=True) runs the model on rank 0 only, which would wait for the "
-                f"other {ranks - 1} ranks of its replica; leave log_graph out."
+                f"other {ranks - 1} ranks of its group; leave log_graph out."
             )
 
 
@@ -62,8 +55,8 @@ def check_update_rules(optimizers: Sequence[Optimizer], ranks: int) -> None:
     if names := over_all_parameters(optimizers):
         raise PhantomError(
             f"{', '.join(names)}: this optimizer decides by sums over all its parameters, of which each of the {ranks} "
-            f"ranks of a replica holds others, so the ranks would take different steps. Use one rank per replica "
-            f"(data_parallel_size=number of ranks), or an elementwise optimizer such as AdamW or SGD."
+            f"ranks of a group holds others, so the ranks would take different steps. Use groups of one rank "
+            f"(phantom_parallel_size=1), or an elementwise optimizer such as AdamW or SGD."
         )
     if names := not_elementwise(optimizers):
         rank_zero_warn(
@@ -94,7 +87,7 @@ def _named(optimizers: Iterable[Optimizer], names: set[str]) -> list[str]:
 
 
 def check_optimizers(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
-    """Raise PhantomError where an optimizer holds parameters from before the swap, or only a part of a phantom layer's.
+    """Raise PhantomError where an optimizer holds parameters from before the swap, or only a part of a layer's factors.
 
     Both train silently: the old parameters go nowhere, the missing factors stay as they are.
     """
@@ -105,12 +98,11 @@ def check_optimizers(optimizers: Iterable[Optimizer], module: nn.Module) -> None
             f"the optimizer holds {stale} parameters that are no longer in the model: they were collected before the "
             f"layers were swapped. Collect them inside configure_optimizers, from self.parameters()."
         )
-    phantom = {name: layer for name, layer in split_layers(module).items() if isinstance(layer, PhantomLinear)}
-    for name, layer in phantom.items():
+    for name, layer in split_layers(module).items():
         trainable = {key: id(p) for key, p in layer.named_parameters(recurse=False) if p.requires_grad}
         missing = [key for key, identity in trainable.items() if identity not in held]
-        if missing and len(missing) < len(trainable):
+        if layer.keeps_factors and missing and len(missing) < len(trainable):
             raise PhantomError(
                 f"the optimizer holds only a part of {name!r}: {', '.join(missing)} would never be trained. "
-                f"A phantom layer's parameters are {', '.join(trainable)}; pass all, or freeze those you leave out."
+                f"The parameters of a {layer.kind} layer are {', '.join(trainable)}; pass all, or freeze those you leave out."
             )

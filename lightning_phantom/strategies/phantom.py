@@ -22,24 +22,23 @@ from lightning_phantom.strategies.base import DEFAULT_TIMEOUT, SplitStrategy
 class PhantomStrategy(SplitStrategy):
     """Phantom parallelism for the feed-forward layers of any LightningModule; also `Trainer(strategy="phantom")`.
 
-    Each group of R ranks holds one replica of the model: its feed-forward linears in phantom layout, the rest whole.
-    With D > 1 replicas, gradients are averaged by DistributedDataParallel. R * D is the number of ranks.
+    As under DDP every rank reads its own batches, and gradients are averaged over all ranks. But the feed-forward
+    linears a group of R ranks holds between them, in phantom layout.
 
     Args:
         phantom_width: k, the features each block sends to the others: an `int`, or a fraction of the block width.
         num_blocks: p, a multiple of R. It belongs to the model: any R that divides it trains the same function.
             None takes R.
-        phantom_parallel_size: R. With both sizes `"auto"`: the devices of a node (or what they have in common with
-            num_blocks).
-        data_parallel_size: D. `"auto"`: the ranks that are left.
-        plan: `{"glob of module name": word}`, see `PhantomConfig`; None finds the feed-forward chains.
+        phantom_parallel_size: R, which divides the number of ranks. `"auto"`: the devices of a node (or what they have
+            in common with num_blocks).
+        plan: `{"glob of module name": "phantom" | "skip"}`; None finds the feed-forward networks.
         init: how the layers start, see `PhantomConfig`.
         state_dict_type: how checkpoints are saved: `"full"`, one file with dense weights that any strategy can load, or
             `"sharded"`, a directory to which every rank writes its share. Either kind is loaded.
         weights_only: passed to `torch.load` when a checkpoint is resumed (`Trainer.fit(weights_only=...)` does not
             reach a strategy that restores after setup).
-        check_replicas: compare what the ranks of a phantom group must share: the first batches of each kind, and the
-            replicated parameters then and every 1000 steps. `"auto"` and True check, False does not.
+        check_replicas: compare the replicated parameters of all ranks in the first steps and every 1000, and the first
+            batches of a prediction, which the ranks of a group share. `"auto"` and True check, False does not.
         timeout: how long a collective waits for a rank before it gives up; at least a minute on busy machines.
         process_group_backend: `"nccl"`, `"gloo"`; None chooses by device.
         accelerator: set by the Trainer, like the other arguments below.
@@ -47,7 +46,7 @@ class PhantomStrategy(SplitStrategy):
         cluster_environment: set by the Trainer.
         checkpoint_io: set by the Trainer.
         precision_plugin: set by the Trainer.
-        ddp_kwargs: for DistributedDataParallel, when D > 1.
+        ddp_kwargs: for DistributedDataParallel.
 
     Raises:
         PhantomError: an argument is impossible, here or, where it needs the number of ranks, at the start of a run.
@@ -63,7 +62,6 @@ class PhantomStrategy(SplitStrategy):
         phantom_width: int | float = 0.25,
         num_blocks: int | None = None,
         phantom_parallel_size: int | Literal["auto"] = "auto",
-        data_parallel_size: int | Literal["auto"] = "auto",
         plan: dict[str, str] | None = None,
         init: str = "auto",
         state_dict_type: Literal["full", "sharded"] = "full",
@@ -83,7 +81,6 @@ class PhantomStrategy(SplitStrategy):
         super().__init__(
             "phantom_parallel_size",
             phantom_parallel_size,
-            data_parallel_size,
             state_dict_type,
             weights_only,
             check_replicas,
@@ -107,13 +104,11 @@ class PhantomStrategy(SplitStrategy):
 
     @property
     def phantom_parallel_size(self) -> int:
-        """R: how many ranks hold a replica of the model between them."""
+        """R: how many ranks hold each phantom layer between them."""
         return self.mesh.phantom.size
 
     def _settle_sizes(self) -> Sizes:
-        self._sizes = resolve_sizes(
-            self._size, self._data_parallel_size, self._num_blocks, self.num_processes, self.num_nodes
-        )
+        self._sizes = resolve_sizes(self._size, self._num_blocks, self.num_processes, self.num_nodes)
         return self._sizes
 
     def _plan(self, module: nn.Module, config: PhantomConfig) -> Plan:
@@ -121,7 +116,7 @@ class PhantomStrategy(SplitStrategy):
 
     def _check_layer(self, name: str, layer: SplitLinear, config: PhantomConfig) -> None:
         if not isinstance(layer, PhantomLinear):
-            raise PhantomError(f"{name!r} is a tensor-parallel layer already. Use densify(module).")
+            raise PhantomError(f"{name!r} is a {layer.kind} layer already. Use densify(module).")
         if (layer.num_blocks, layer.ranks.size) != (config.num_blocks, self.mesh.phantom.size):
             raise PhantomError(
                 f"{name!r} is a phantom layer of {layer.num_blocks} blocks on {layer.ranks.size} ranks already; "

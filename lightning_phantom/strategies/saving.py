@@ -129,6 +129,6 @@ class CheckpointingStrategy(DDPStrategy):
         saved, self._resumed_rng = self._resumed_rng, None
         if not self._store.restore_generators(saved):
             rank_zero_info(
-                f"Random generators start anew: the checkpoint has those of {len(saved.states)} replicas, this run has "
-                f"{self.mesh.data_parallel.size}."
+                f"Random generators start anew: the checkpoint has those of {len(saved.states)} ranks, this run has "
+                f"{self.world_size}."
             )

@@ -22,25 +22,23 @@ from lightning_phantom.strategies.base import DEFAULT_TIMEOUT, SplitStrategy
 class TensorParallelStrategy(SplitStrategy):
     """Tensor parallelism for the feed-forward layers of a LightningModule; `Trainer(strategy="tensor_parallel")`.
 
-    The exact counterpart of `PhantomStrategy`, to compare it with: the same linears, found and proven alike, in the
-    same training, but each computes the dense layer that it was. Each group of R ranks holds one replica of the model;
-    with D > 1 replicas, gradients are averaged by DistributedDataParallel. R * D is the number of ranks.
+    The exact counterpart of `PhantomStrategy`, to compare it with: the same linears, found alike, in the same training,
+    but each computes the dense layer that it was. As under DDP every rank reads its own batches, and gradients are
+    averaged over all ranks; a group of R ranks holds each layer between them.
 
-    On any R it trains the dense model. Only the masks of an `nn.Dropout` between the layers, where ranks hold their own
-    features of a value, differ with R.
+    On any R it trains the dense model, but for the masks of dropout.
 
     Args:
-        tensor_parallel_size: R. With both sizes `"auto"`: the devices of a node. 1 is the dense model.
-        data_parallel_size: D. `"auto"`: the ranks that are left.
-        plan: `{"glob of module name": word}`, see `PhantomConfig`; None finds the feed-forward chains.
-        style: `"megatron"`, pairs of a column- and a row-parallel layer with one all-reduce each way, between which
-            values are whole on every rank, or `"layerwise"`, column-parallel layers that gather their input.
+        tensor_parallel_size: R, which divides the number of ranks. `"auto"`: the devices of a node. 1 is the dense model.
+        plan: `{"glob of module name": "phantom" | "skip"}`, which layers to split; None finds the feed-forward networks.
+        style: `"megatron"`, pairs of a column- and a row-parallel layer: tokens are gathered before and the sum is
+            scattered after each; or `"layerwise"`, column-parallel layers that gather their input.
         state_dict_type: how checkpoints are saved: `"full"`, one file with dense weights that any strategy can load, or
             `"sharded"`, a directory to which every rank writes its share. Either kind is loaded.
         weights_only: passed to `torch.load` when a checkpoint is resumed (`Trainer.fit(weights_only=...)` does not
             reach a strategy that restores after setup).
-        check_replicas: compare what the ranks of one replica must share: the first batches of each kind, and the
-            replicated parameters then and every 1000 steps. `"auto"` and True check, False does not.
+        check_replicas: compare the replicated parameters of all ranks in the first steps and every 1000, and the first
+            batches of a prediction, which the ranks of a group share. `"auto"` and True check, False does not.
         process_group_backend: `"nccl"`, `"gloo"`; None chooses by device.
         timeout: how long a collective waits for a rank before it gives up; at least a minute on busy machines.
         accelerator: set by the Trainer, like the other arguments below.
@@ -48,7 +46,7 @@ class TensorParallelStrategy(SplitStrategy):
         cluster_environment: set by the Trainer.
         checkpoint_io: set by the Trainer.
         precision_plugin: set by the Trainer.
-        ddp_kwargs: for DistributedDataParallel, when D > 1.
+        ddp_kwargs: for DistributedDataParallel.
 
     Raises:
         PhantomError: an argument is impossible, here or, where it needs the number of ranks, at the start of a run.
@@ -63,7 +61,6 @@ class TensorParallelStrategy(SplitStrategy):
     def __init__(
         self,
         tensor_parallel_size: int | Literal["auto"] = "auto",
-        data_parallel_size: int | Literal["auto"] = "auto",
         plan: dict[str, str] | None = None,
         style: Literal["megatron", "layerwise"] = "megatron",
         state_dict_type: Literal["full", "sharded"] = "full",
@@ -83,7 +80,6 @@ class TensorParallelStrategy(SplitStrategy):
         super().__init__(
             "tensor_parallel_size",
             tensor_parallel_size,
-            data_parallel_size,
             state_dict_type,
             weights_only,
             check_replicas,
@@ -105,24 +101,21 @@ class TensorParallelStrategy(SplitStrategy):
 
     @property
     def tensor_parallel_size(self) -> int:
-        """R: how many ranks hold a replica of the model between them."""
+        """R: how many ranks hold each layer between them."""
         return self.mesh.phantom.size
 
     def _settle_sizes(self) -> Sizes:
-        ranks, replicas = share_out(
-            "tensor_parallel_size", self._size, self._data_parallel_size, self.num_processes, self.num_nodes
-        )
-        return Sizes(ranks, replicas, ranks)
+        ranks, groups = share_out("tensor_parallel_size", self._size, self.num_processes, self.num_nodes)
+        return Sizes(ranks, groups, ranks)
 
     def _plan(self, module: nn.Module, config: TensorParallelConfig) -> Plan:
         return plan_tensor_parallel(module, config)
 
     def _check_layer(self, name: str, layer: SplitLinear, config: TensorParallelConfig) -> None:
-        here = (self.tensor_parallel_size, config.style)
         if not isinstance(layer, ParallelLinear):
-            raise PhantomError(f"{name!r} is a phantom layer already. Use densify(module).")
-        if (layer.ranks.size, layer.style) != here:
+            raise PhantomError(f"{name!r} is a {layer.kind} layer already. Use densify(module).")
+        if layer.ranks.size != self.tensor_parallel_size:
             raise PhantomError(
-                f"{name!r} is a tensor-parallel layer on {layer.ranks.size} ranks in style={layer.style!r} already; "
-                f"this strategy asks for {here[0]} ranks and style={here[1]!r}. Use densify(module)."
+                f"{name!r} is a tensor-parallel layer on {layer.ranks.size} ranks already; this strategy asks for "
+                f"{self.tensor_parallel_size}. Use densify(module)."
             )

@@ -1,0 +1,122 @@
+"""Swapping a module's layers on all ranks together; needs no Trainer."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_phantom.distributed.comm import gather_objects
+from lightning_phantom.distributed.mesh import Mesh
+from lightning_phantom.errors import PhantomError, PlanError
+from lightning_phantom.layers.dense import is_linear
+from lightning_phantom.layers.split import SplitLinear
+from lightning_phantom.plan.record import Plan
+from lightning_phantom.swap import carry_out
+
+
+class Swapper:
+    """Swaps what qualifies in a module, in as many passes as the module is made in, and remembers what it did.
+
+    Args:
+        module: the module, the same on every rank.
+        make_plan: plans it: `plan_phantom` or `plan_tensor_parallel`.
+
+    Attributes:
+        plan: what happened to each linear; None before the first pass.
+    """
+
+    def __init__(self, module: nn.Module, make_plan: Callable[[nn.Module, Any], Plan]) -> None:
+        self.module = module
+        self.plan: Plan | None = None
+        self._make_plan = make_plan
+        self._replaced: dict[int, tuple[weakref.ref[nn.Parameter], SplitLinear]] = {}
+
+    def swap(self, config: Any, mesh: Mesh) -> None:
+        """Swap what qualifies and is not swapped yet, and show the plan on rank 0; every rank calls it.
+
+        Raises:
+            PlanError: the ranks' modules differ, or the plan cannot be carried out.
+        """
+        linears = {name for name, m in self.module.named_modules() if is_linear(m)}
+        if self.plan is not None and self.plan.config == config:
+            if linears == {layer.name for layer in self.plan.layers}:
+                return
+        plan = self._make_plan(self.module, config)
+        if not plan.swapped:
+            self.plan = self.plan or plan
+            return
+        if len(set(gather_objects(repr(plan)))) > 1:
+            raise PlanError("the ranks built different modules, so their plans differ; build the same one on each.")
+        _show(plan)
+        carry_out(self.module, plan, mesh.phantom.process_group, dist.group.WORLD, self._note)
+        _show_shares(plan, self.module, mesh.phantom.size)
+        self.plan = plan if self.plan is None else _joined(self.plan, plan)
+
+    def _note(self, dense: nn.Parameter, layer: SplitLinear) -> None:
+        self._replaced[id(dense)] = weakref.ref(dense), layer
+
+    def update(self, optimizers: Iterable[Optimizer]) -> None:
+        """Give a layer's parameters the places that the dense ones have in optimizers made before the swap.
+
+        Raises:
+            PhantomError: an optimizer holds a state of a dense weight, which means nothing for the new ones.
+        """
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = [new for old in group["params"] for new in self._successors(old, optimizer)]
+
+    def _successors(self, old: Any, optimizer: Optimizer) -> list[Any]:
+        reference, layer = self._replaced.get(id(old), (None, None))
+        if layer is None or reference is None or reference() is not old:
+            return [old]
+        if optimizer.state.get(old):
+            raise PhantomError(
+                f"the optimizer has taken steps with the dense weight of {layer.name!r}, and its state fits no "
+                f"{layer.kind} layer. Make it in configure_optimizers."
+            )
+        names = [name for name, _ in layer.named_parameters(recurse=False) if (name == "bias") == (old.dim() == 1)]
+        return [layer.get_parameter(name) for name in names]
+
+
+def _joined(first: Plan, second: Plan) -> Plan:
+    """One plan for layers swapped in two passes."""
+    later = {layer.name: layer for layer in second.layers}
+    kept = {layer.name: layer for layer in first.swapped}
+    return replace(
+        second,
+        layers=tuple(kept.get(name, layer) for name, layer in later.items()),
+        ffns=first.ffns + second.ffns,
+    )
+
+
+@rank_zero_only
+def _show(plan: Plan) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if console.is_terminal:
+        console.print(plan)
+    else:
+        print(plan, flush=True)
+    for layer in plan.swapped:
+        if layer.warning:
+            rank_zero_warn(f"{layer.name!r}: {layer.warning}.")
+
+
+@rank_zero_only
+def _show_shares(plan: Plan, module: nn.Module, ranks: int) -> None:
+    if ranks > 1:
+        whole = sum(layer.weights_after for layer in plan.swapped)
+        held = sum(p.numel() for layer in plan.swapped for p in module.get_submodule(layer.name).parameters())
+        print(
+            f"Each of {ranks} ranks holds {held:,} of the {whole:,} weights of the swapped layers; "
+            f"Lightning's model summary counts one rank's.",
+            flush=True,
+        )
