@@ -221,5 +221,5 @@ def _on_the_host(group: dist.ProcessGroup) -> dist.ProcessGroup:
     return made
 
 
-def _store(group: dist.ProcessGroup) -> dist.Store:
+def _store(group: dist.ProcessGroup) -> Any:
     return distributed_c10d._world.pg_map[group][1]

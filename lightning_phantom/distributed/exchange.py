@@ -48,7 +48,7 @@ def sum_tokens(x: Tensor, ranks: Ranks, rows: Rows, what: str, scale: float = 1.
     return _Exchange.apply(x, "sum_tokens", ranks, rows, what, scale)
 
 
-def gather_latents(x: Tensor, ranks: Ranks, rows: Rows, what: str) -> Tensor:
+def gather_latents(x: Tensor, ranks: Ranks, rows: Rows | None, what: str) -> Tensor:
     """[T, w] of each rank -> [R, T, w]."""
     return x.unsqueeze(0) if ranks.size == 1 else _Gather.apply(x, ranks, rows, what)
 

@@ -1,8 +1,8 @@
 """Finds feed-forward networks (FFNs): which linears belong to one, in which order, and which read the same value.
 
-It proves nothing and need not: a layer computes the same wherever it stands, and what is guessed wrong costs an exchange
-(`layers.activation`). Four ways to know, the first that knows counts: the user's plan, a model's own tensor parallel
-plan, a trace of a module's forward, and how linears are registered.
+It proves nothing and need not: a layer computes the same wherever it stands, and what is guessed wrong costs an
+exchange (`layers.activation`). Four ways to know, the first that knows counts: the user's plan, a model's own tensor
+parallel plan, a trace of a module's forward, and how linears are registered.
 """
 
 from __future__ import annotations
