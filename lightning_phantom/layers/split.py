@@ -157,8 +157,9 @@ class SplitLinear(nn.Linear):
         return self._uncompiled(input) if torch.compiler.is_compiling() else self._among_ranks(input)
 
     def _among_ranks(self, input: Tensor) -> Tensor:
-        if isinstance(input, ShardedActivation) and input.local is None:
-            input = input.whole(self.name)
+        if isinstance(input, ShardedActivation):
+            input.settle()
+            input = input.whole(self.name) if input.local is None else input
         last: Last | None = self.ranks.agreement.last
         if last is None or not last.is_of(input):
             last = self._read(input)

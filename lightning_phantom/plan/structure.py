@@ -151,8 +151,9 @@ def _traced(root: nn.Module, left: Mapping[str, Any]) -> Iterable[FFN]:
         used: set[str] = set()
         for ffn in known[key]:
             groups = tuple(g._replace(names=tuple(join(owner, n) for n in g.names)) for g in ffn.groups)
-            used.update(name for g in groups for name in g.names)
-            yield FFN(owner, groups, "traced")
+            names = [name for g in groups for name in g.names]
+            used.update(names)
+            yield FFN(_common(names), groups, "traced")
         for name, child in module.named_children():
             below = join(owner, name)
             if sum(_is_below(below, n) for n in left if n not in used) > 1:
