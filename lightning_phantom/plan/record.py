@@ -132,7 +132,7 @@ class Plan:
         return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
 
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=\.)\d+\b|\b\d+(?=\.)")  # as part of a name
 
 
 def _numberless(text: str) -> str:
