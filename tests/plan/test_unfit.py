@@ -123,7 +123,11 @@ UNFIT = {
     "hook": (lambda: changed(lambda m: m.register_forward_hook(lambda *_: None)), "0", "it has hooks"),
     "state hook": (lambda: changed(lambda m: m.register_state_dict_post_hook(lambda *_: None)), "0", "it has hooks"),
     "gradient hook": (lambda: changed(lambda m: m.weight.register_hook(lambda g: g)), "0", "gradient hooks"),
-    "forward": (lambda: changed(lambda m: setattr(m, "forward", lambda x: x)), "0", "a forward of its own has been set"),
+    "forward": (
+        lambda: changed(lambda m: setattr(m, "forward", lambda x: x)),
+        "0",
+        "a forward of its own has been set",
+    ),
     "weight norm": (lambda: changed(parametrizations.weight_norm), "0", "it is parametrised"),
     "pruned": (lambda: changed(lambda m: prune.l1_unstructured(m, "weight", 0.5)), "0", "pruned"),
     "other forward": (lambda: first(Doubled(16, 32)), "0", "Doubled computes something else than nn.Linear"),
@@ -131,6 +135,7 @@ UNFIT = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
 @pytest.mark.parametrize("case", UNFIT)
 def test_what_cannot_be_swapped_stays_dense_with_a_reason_and_is_refused_when_named(case):
     build, name, reason = UNFIT[case]
