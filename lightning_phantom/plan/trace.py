@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import operator
 import random
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -89,7 +90,7 @@ def _by_feature(node: fx.Node, root: nn.Module) -> bool:
     name = getattr(node.target, "__name__", str(node.target))
     if node.op == "call_method":
         return name in _METHODS
-    is_operator = getattr(node.target, "__module__", "") == "_operator" and f"__{name}__" in _METHODS
+    is_operator = node.target is getattr(operator, name, None) and f"__{name}__" in _METHODS
     return node.op == "call_function" and (node.target in TABLE or is_operator)
 
 

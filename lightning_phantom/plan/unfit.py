@@ -51,7 +51,7 @@ def _unusual(linear: Any) -> str | None:
         return "its weight is pruned or otherwise computed"
     if is_lazy(linear.weight):
         return "its size is not known yet: run a batch through the module first"
-    if type(linear.weight) is not nn.Parameter:
+    if type(linear.weight).__name__ not in ("Parameter", "FakeTensor"):
         return f"its weight is a {type(linear.weight).__name__}"
     if not linear.weight.is_floating_point():
         return f"its weights are {linear.weight.dtype}, which no phantom layer approximates"
