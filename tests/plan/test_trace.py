@@ -1,0 +1,187 @@
+"""Which linears a trace of a forward connects, and that it leaves nothing behind."""
+
+import gc
+import random
+import weakref
+
+import pytest
+import torch
+from test_structure import ALONE, IN_ONE_BLOCK, TRACED, Block, Gated, groups_of, plan_of, reasons
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_phantom.plan.structure import FFN, Group
+
+
+def gelu_by_hand(h):
+    return 0.5 * h * (1.0 + torch.tanh(0.8 * (h + 0.04 * torch.pow(h, 3))))
+
+
+ELEMENTWISE = [
+    torch.relu,
+    F.silu,
+    lambda h: h.sigmoid() * 2.0,
+    lambda h: h * torch.sigmoid(h),
+    lambda h: F.dropout(F.gelu(h, approximate="tanh"), 0.1),
+    lambda h: -(h + 1) / 3,
+    lambda h: F.leaky_relu(h, 0.2, inplace=True),
+    lambda h: h.to(torch.float32).masked_fill(h < 0, 0.0),
+    gelu_by_hand,
+    nn.Hardswish(),
+    nn.Sequential(nn.Tanh(), nn.Dropout(0.1)),
+    nn.Sequential(nn.LayerNorm(24), nn.PReLU()),
+    nn.BatchNorm1d(24),
+]
+OTHERS = [
+    lambda h: F.softmax(h, -1),
+    lambda h: h.flip(-1),
+    lambda h: h - h.mean(-1, keepdim=True),
+    lambda h: h * torch.ones(24),
+    nn.Linear(24, 24, bias=False).weight.matmul,
+]
+
+
+@pytest.mark.parametrize("between", ELEMENTWISE)
+def test_a_trace_connects_linears_whatever_their_sizes(between):
+    module = Block(between, sizes=(16, 24, 8))
+    assert groups_of(module) == [[("fc1",), ("fc2",)]]
+    assert set(reasons(module).values()) == {TRACED}
+
+
+@pytest.mark.parametrize("between", OTHERS)
+def test_what_mixes_features_connects_nothing_and_only_sizes_tell_then(between):
+    assert set(reasons(Block(between, sizes=(16, 24, 8))).values()) == {ALONE}
+    assert set(reasons(Block(between, sizes=(16, 24, 16))).values()) == {IN_ONE_BLOCK}
+
+
+def test_a_sequential_is_one_network_of_any_length():
+    module = nn.Sequential(
+        *(nn.Linear(16, 32), nn.ReLU(), nn.Dropout(0.5)), *(nn.Linear(32, 32), nn.GELU()), nn.Linear(32, 8)
+    )
+    assert plan_of(module).ffns == (
+        FFN(
+            (Group(("0",), 0, True, False), Group(("3",), 1, False, False), Group(("5",), 2, False, True)),
+            "a trace connects its linears",
+        ),
+    )
+
+
+def test_what_reads_one_value_is_one_group():
+    (ffn,) = plan_of(Gated()).ffns
+    assert ffn.groups == (Group(("gate", "up"), 0, True, False), Group(("down",), 1, False, True))
+    assert plan_of(Gated()).siblings() == [("gate", "up")]
+
+    class Heads(Block):  # of an encoder: the mean and the variance
+        def forward(self, x):
+            h = torch.relu(self.fc1(x))
+            return self.fc2(h), self.other(h), h.sum()
+
+    (ffn,) = plan_of(Heads(other=nn.Linear(32, 8))).ffns
+    assert ffn.groups == (Group(("fc1",), 0, True, True), Group(("fc2", "other"), 1, False, True))
+
+
+def test_a_question_about_a_value_is_no_reader_of_it():
+    class Asks(Block):
+        def forward(self, x):
+            h = self.fc1(x)
+            return self.fc2(h.to(h.dtype) * (1 / h.shape[0])).view(h.size(0), -1)
+
+    (ffn,) = plan_of(Asks(sizes=(16, 24, 8))).ffns
+    assert ffn.groups == (Group(("fc1",), 0, True, False), Group(("fc2",), 1, False, True))
+
+
+def test_a_residual_inside_connects_nothing():
+    class Residual(Block):
+        def forward(self, x):
+            return self.fc2(self.fc1(x) + x)
+
+    assert groups_of(Residual(sizes=(16, 16, 16))) == []
+
+
+def test_a_linear_between_two_that_stay_dense_is_taken():
+    module = nn.Sequential(nn.Linear(13, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+    assert plan_of(module).ffns == (FFN((Group(("2",), 0, True, True),), "a trace connects its linears"),)
+    assert groups_of(nn.Sequential(nn.Linear(13, 64), nn.ReLU(), nn.Linear(64, 64))) == []
+    assert groups_of(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))) == []
+
+
+def test_a_linear_that_is_called_twice_is_counted_once():
+    class Twice(Block):
+        def forward(self, x):
+            return self.fc2(torch.relu(self.fc1(torch.relu(self.fc1(x)))))
+
+    assert groups_of(Twice(sizes=(16, 16, 16))) == [[("fc1",), ("fc2",)]]
+
+
+def test_the_outermost_forward_that_can_be_traced_counts():
+    class Opaque(nn.Module):
+        def __init__(self, *layers):
+            super().__init__()
+            self.layers = nn.ModuleList(layers)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x) if x.sum() > 0 else x
+            return x
+
+    assert groups_of(nn.Sequential(Block(), nn.ReLU(), Block())) == [[("0.fc1",), ("0.fc2",), ("2.fc1",), ("2.fc2",)]]
+    blocks = [Block(sizes=(16, 24, 8)), Block(sizes=(8, 24, 16))]
+    assert groups_of(Opaque(*blocks)) == [[(f"layers.{n}.fc1",), (f"layers.{n}.fc2",)] for n in (0, 1)]
+    apart = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), Opaque(nn.Linear(16, 16)))
+    assert groups_of(apart) == []
+
+
+def test_what_cannot_be_traced_does_not_hide_what_stands_beside_it():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.q(x) if x.sum() > 0 else self.k(x)
+
+    class Layer(Block):
+        def forward(self, x, mask=None):
+            return self.fc2(torch.relu(self.fc1(x + self.mixer(x))))
+
+    assert groups_of(Layer(sizes=(16, 24, 8), mixer=Attention())) == [[("fc1",), ("fc2",)]]
+
+
+def test_a_trace_leaves_no_trace():
+    class Remembers(Block):
+        def forward(self, x):
+            self.seen = x
+            self.calls = self.calls + 1
+            self.log.append(x)
+            return self.fc2(torch.relu(self.fc1(x)) + torch.rand(()).item() + random.random())
+
+    module = Remembers(calls=0, log=[], sizes=(16, 24, 8)).eval()
+    before = {name: dict(vars(m)) for name, m in module.named_modules()}
+    state, python_state = torch.get_rng_state(), random.getstate()
+    assert groups_of(module) == [[("fc1",), ("fc2",)]]
+    assert {name: dict(vars(m)) for name, m in module.named_modules()} == before
+    assert module.log == [] and not hasattr(module, "seen") and not module.training
+    assert torch.equal(torch.get_rng_state(), state) and random.getstate() == python_state
+
+
+class Unpacks(Block):
+    """Where a forward unpacks a value, torch.fx leaves a cycle that holds its locals and its callers'."""
+
+    def forward(self, x):
+        x, rest = x.chunk(2, -1)
+        return self.fc2(torch.relu(self.fc1(torch.cat([x, rest], -1))))
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_a_trace_does_not_keep_the_module_alive_and_the_collector_is_as_it_was(collecting):
+    module = Unpacks()
+    (gc.enable if collecting else gc.disable)()
+    try:
+        assert groups_of(module) == [[("fc1",), ("fc2",)]]
+        assert gc.isenabled() is collecting
+        gc.disable()
+        kept = weakref.ref(module)
+        del module
+        assert kept() is None
+    finally:
+        gc.enable()
