@@ -222,7 +222,7 @@ def test_plan_says_what_is_wrong(tmp_path, capsys, arguments, message):
 
 
 def test_a_config_that_fit_has_saved_is_read(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.chdir(Path(__file__).parents[2])
     with pytest.raises(SystemExit):
         main(["fit", "--config", "examples/digits.yaml", "--print_config"])
     saved = capsys.readouterr().out
