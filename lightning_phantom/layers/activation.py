@@ -132,7 +132,7 @@ class ShardedActivation(Tensor):
         return activation
 
     def settle(self) -> None:
-        """Give up `local` if it does not tell all: a view of the whole was written to, or autograd knows it otherwise."""
+        """Give up `local` where it does not tell all."""
         if torch.is_grad_enabled() and self.local is not None and self.requires_grad and not self.local.requires_grad:
             self._whole, self.local = _AsMade.apply(self), None  # an autograd function has returned it
         for other in self.sharing_memory():
