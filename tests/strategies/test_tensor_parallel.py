@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.flop_counter import FlopCounterMode
 from training import Net, data, loader, trainer
 
-from lightning_phantom import PhantomStrategy, TensorParallelStrategy, comm, densify
+from lightning_phantom import PhantomStrategy, TensorParallelStrategy, densify
 from lightning_phantom.config import TensorParallelConfig
 from lightning_phantom.cost.count import Layer, estimate_cost
+from lightning_phantom.distributed import comm
 from lightning_phantom.errors import CheckpointError, LayoutError, PhantomError, PlanError
 from lightning_phantom.layers.split import split_layers
 from lightning_phantom.layers.tensor_parallel import ParallelLinear
