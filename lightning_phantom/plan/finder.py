@@ -73,7 +73,7 @@ def _make_plan(module: nn.Module, config: Config) -> Plan:
         ffns = find_ffns(module, available)
         found = {name for ffn in ffns for name in ffn.names}
         lone = [name for name in available if name not in found]
-        ffns += [FFN(name.rpartition(".")[0], (Group((name,), 0, True, True),), "alone") for name in lone]
+        ffns += [FFN(name.rpartition(".")[0], (Group((name,), 0, True, True, True),), "alone") for name in lone]
     places = {name: (ffn, group) for ffn in ffns for group in ffn.groups for name in group.names}
 
     layers = []

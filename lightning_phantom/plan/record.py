@@ -84,7 +84,7 @@ class Plan:
                 by_name[name].out_features,
                 by_name[name].bias,
                 enters=group.enters,
-                leaves=group.leaves,
+                leaves=group.exits,
                 shares_input=n > 0,
                 phantom_width=by_name[name].phantom_width,
                 depth=group.depth,

@@ -29,14 +29,16 @@ class Group(NamedTuple):
     Attributes:
         names: full names of the modules; the first computes for all.
         depth: how many linears lie before them, on the longest way.
-        enters: whether the value comes from outside the FFN.
+        enters: whether the value is whole tokens: it comes from outside the FFN, or out of a norm in it.
         leaves: whether something outside reads what they write.
+        exits: whether what they write goes back to whole tokens: it leaves, or a norm in the FFN reads it.
     """
 
     names: tuple[str, ...]
     depth: int
     enters: bool
     leaves: bool
+    exits: bool
 
 
 class FFN(NamedTuple):
@@ -188,8 +190,9 @@ def _ffns_of(flows: list[Flow]) -> list[FFN]:
                     Group(
                         tuple(dict.fromkeys(f.name for f in group)),
                         depth[group[0].name],
-                        not group[0].sources,
+                        group[0].enters,
                         any(f.leaves for f in group),
+                        any(f.exits for f in group),
                     )
                     for group in groups.values()
                 ),
@@ -229,7 +232,7 @@ def _same_block(names: list[str]) -> bool:
 
 
 def _pair(block: str, columns: tuple[str, ...], row: str, known_by: str) -> FFN:
-    return FFN(block, (Group(columns, 0, True, False), Group((row,), 1, False, True)), known_by)
+    return FFN(block, (Group(columns, 0, True, False, False), Group((row,), 1, False, True, True)), known_by)
 
 
 def _common(names: Collection[str]) -> str:

@@ -31,13 +31,17 @@ class Flow(NamedTuple):
         name: of the linear, from the traced module.
         sources: the linears whose outputs its input is made from, by elementwise operations and norms alone.
         reads: what it reads; equal for those that read the same value.
+        enters: whether that is whole tokens: from outside the linears, or out of a norm.
         leaves: whether something else reads what is made from its output.
+        exits: whether what it is the last to write into goes back to whole tokens, for something else or for a norm.
     """
 
     name: str
     sources: tuple[str, ...]
     reads: object
+    enters: bool
     leaves: bool
+    exits: bool
 
 
 def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
@@ -51,34 +55,37 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
     except Exception:  # user code meets stand-ins here: anything can be raised
         return None
     sources: dict[fx.Node, tuple[str, ...]] = {}
+    whole: set[fx.Node] = set()  # what is no feature layout: whole tokens
+    leaving: set[str] = set()
+    exiting: set[str] = set()
     for node in graph.nodes:
+        read = node.all_input_nodes
         if node.op == "call_module" and node.target in linears:
             sources[node] = (node.target,)
-        elif node.all_input_nodes and _by_feature(node, module):
-            made = [sources.get(read, ()) for read in node.all_input_nodes]
-            if all(made):
-                sources[node] = tuple(dict.fromkeys(name for names in made for name in names))
+            continue
+        if read and all(r in sources for r in read) and _connects(node, module):
+            sources[node] = tuple(dict.fromkeys(name for r in read for name in sources[r]))
+        if node not in sources:
+            leaving.update(name for r in read for name in sources.get(r, ()))
+        if node not in sources or _is_norm(node, module) or any(r in whole for r in read):
+            whole.add(node)
+            exiting.update(sources[r][-1] for r in read if r in sources and r not in whole)
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target in linears]
-    leaving = {
-        name
-        for node in graph.nodes
-        for read in node.all_input_nodes
-        if node not in sources
-        for name in sources.get(read, ())
-    }
     return [
-        Flow(
-            str(node.target), sources.get(node.all_input_nodes[0], ()), node.all_input_nodes[0], node.target in leaving
-        )
-        for node in calls
-        if node.all_input_nodes
+        Flow(name, sources.get(reads, ()), reads, reads in whole, name in leaving, name in exiting)
+        for name, reads in ((str(node.target), node.all_input_nodes[0]) for node in calls if node.all_input_nodes)
     ]
 
 
-def _by_feature(node: fx.Node, root: nn.Module) -> bool:
+def _is_norm(node: fx.Node, root: nn.Module) -> bool:
+    return node.op == "call_module" and isinstance(root.get_submodule(str(node.target)), _NORMS)
+
+
+def _connects(node: fx.Node, root: nn.Module) -> bool:
+    """Whether linears before and after it are of one FFN: a norm, or an operation that treats every feature alone."""
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
-        return is_elementwise_module(module) or isinstance(module, _NORMS) or _is_activation(module)
+        return is_elementwise_module(module) or _is_norm(node, root) or _is_activation(module)
     name = getattr(node.target, "__name__", str(node.target))
     if node.op == "call_method":
         return name in _METHODS
