@@ -1,4 +1,4 @@
-"""Arithmetic, no torch: `count` (FLOPs, bytes, calls), `predict` (seconds), `scale` (other numbers of ranks)."""
+"""Arithmetic, no torch: `count` (FLOPs, bytes, calls), `data_parallel` (of dense layers), `predict` (s), `scale`."""
 
 from lightning_phantom.cost.count import Cost, CostEstimate, Layer, estimate_cost
 
