@@ -18,7 +18,7 @@ import zlib
 from datetime import timedelta
 from functools import cache
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -76,7 +76,7 @@ class Agreement:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.shared_batches = False
         self.last: Any = None
-        self._group = group
+        self._held = ref(group)  # it is the key that this is found by, and goes when it goes
         self._size = dist.get_world_size(group)
         self._rank = dist.get_rank(group)
         self._first = _Step()
@@ -84,7 +84,23 @@ class Agreement:
         self._entries = 0
         self._noted = 0
         self._waits = 0
-        self._talk: dist.ProcessGroup | None = None
+        self._own_talk: dist.ProcessGroup | None = None
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        group = self._held()
+        assert group is not None
+        return group
+
+    @property
+    def _talk(self) -> dist.ProcessGroup:
+        """Where to ask: the group itself on gloo, else one of the same ranks on gloo: questions wait for no device."""
+        if dist.get_backend(self._group) == "gloo":
+            return self._group
+        if self._own_talk is None:
+            ranks = dist.get_process_group_ranks(self._group)
+            self._own_talk = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        return self._own_talk
 
     def enter(self, layer: str, rows: int, sort: str) -> Rows:
         """Agree on the next entry.
@@ -163,7 +179,7 @@ class Agreement:
         """Compare `what` over the ranks, and return the rows of each."""
         mine = torch.tensor([[_code(what), self._noted, shared, rows]])
         everyone = torch.empty(self._size, 4, dtype=torch.int64)
-        talk = self._talk = self._talk or _on_the_host(self._group)
+        talk = self._talk
         self._waits += 1
         self._watch(start_all_gather(everyone, mine, talk, counted=False), f"question before the {what}")
         said = everyone.tolist()
@@ -212,14 +228,5 @@ def _code(what: str) -> int:
     return zlib.crc32(data) << 31 ^ zlib.adler32(data)
 
 
-def _on_the_host(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The group itself on gloo; elsewhere one of the same ranks on gloo, so that questions wait for no device."""
-    if dist.get_backend(group) == "gloo":
-        return group
-    made = dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
-    assert isinstance(made, dist.ProcessGroup)
-    return made
-
-
-def _store(group: dist.ProcessGroup) -> dist.Store:
+def _store(group: dist.ProcessGroup) -> Any:
     return distributed_c10d._world.pg_map[group][1]

@@ -48,7 +48,7 @@ def sum_tokens(x: Tensor, ranks: Ranks, rows: Rows, what: str, scale: float = 1.
     return _Exchange.apply(x, "sum_tokens", ranks, rows, what, scale)
 
 
-def gather_latents(x: Tensor, ranks: Ranks, rows: Rows, what: str) -> Tensor:
+def gather_latents(x: Tensor, ranks: Ranks, rows: Rows | None, what: str) -> Tensor:
     """[T, w] of each rank -> [R, T, w]."""
     return x.unsqueeze(0) if ranks.size == 1 else _Gather.apply(x, ranks, rows, what)
 
@@ -71,8 +71,9 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, way: str, ranks: Ranks, rows: Rows, what: str, scale: float) -> Tensor:
         ctx.way, ctx.ranks, ctx.rows, ctx.what, ctx.scale = way, ranks, rows, what, scale
+        x = x.clone() if x._is_zerotensor() else x  # a gradient without memory of its own
         moved: Tensor = getattr(ranks, way)(x, rows, what, scale)()
-        return moved
+        return moved.clone() if moved._is_view() else moved  # autograd forbids writing into views made here
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

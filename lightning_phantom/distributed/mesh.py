@@ -29,14 +29,17 @@ class Mesh(NamedTuple):
     Attributes:
         phantom: the ranks that hold each layer between them.
         data_parallel: the ranks, one in each group, that hold the same blocks.
-        world: all ranks; each reads its own batches.
         groups: the process groups of both dimensions, ("data_parallel", "phantom").
     """
 
     phantom: Ranks
     data_parallel: Ranks
-    world: Ranks
     groups: tuple[dist.ProcessGroup, dist.ProcessGroup]
+
+    @property
+    def world(self) -> Ranks:
+        """All ranks; each reads its own batches."""
+        return Ranks(dist.group.WORLD)
 
     def device_mesh(self, device_type: str) -> DeviceMesh:
         """The same as torch's DeviceMesh, with the dimensions ("data_parallel", "phantom")."""
@@ -97,6 +100,5 @@ def make_mesh(sizes: Sizes, timeout: timedelta | None) -> Mesh:
         phantom, _ = dist.new_subgroups_by_enumeration(rows, timeout=timeout)
         data_parallel, _ = dist.new_subgroups_by_enumeration(columns, timeout=timeout)
         phantom_ranks = Ranks(phantom if sizes.phantom > 1 else None)
-        world = Ranks(dist.group.WORLD)
-        meshes[sizes.phantom] = Mesh(phantom_ranks, Ranks(data_parallel), world, (data_parallel, phantom))
+        meshes[sizes.phantom] = Mesh(phantom_ranks, Ranks(data_parallel), (data_parallel, phantom))
     return meshes[sizes.phantom]

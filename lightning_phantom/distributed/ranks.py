@@ -77,7 +77,7 @@ class Ranks:
             n = (rows.counts[self.rank],) * self.size
             flat = self._all_to_all(y.contiguous(), n, rows.counts, "all_to_all", what, rows)
             arriving = lambda: flat().unflatten(0, (self.size, n[0]))  # noqa: E731
-        return lambda: _copy(arriving().transpose(0, 1), scale).flatten(1)
+        return lambda: _side_by_side(arriving(), scale)
 
     # Between tokens and the group's tokens, all features in both; likewise
 
@@ -187,6 +187,14 @@ class Ranks:
     def gather_to_first(self, shard: Tensor) -> list[Tensor] | None:
         """Give the shards of all ranks to the group's first, None to the others."""
         return [shard] if self.size == 1 else comm.gather_to_first(shard, self.process_group)
+
+
+def _side_by_side(parts: Tensor, scale: float) -> Tensor:
+    """[R, t, w/R] -> [t, w], times `scale`; no view, so that autograd lets it be written to."""
+    joined = parts.new_empty(parts.shape[1], parts.shape[0] * parts.shape[2])
+    places = joined.unflatten(1, (parts.shape[0], -1)).transpose(0, 1)
+    places.copy_(parts) if scale == 1 else torch.mul(parts, scale, out=places)
+    return joined
 
 
 def _copy(x: Tensor, scale: float) -> Tensor:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -108,8 +109,8 @@ class ShardedActivation(Tensor):
     local: Tensor | None
     place: Place
     _whole: Tensor | None
-    _whole_version: int | None
-    _shares_memory: bool  # with another activation
+    _versions: tuple[int | None, int | None]  # of `local` and the whole, when that was made
+    _relatives: list[weakref.ref[ShardedActivation]]  # activations with the same memory, itself among them
     _rewritten: bool  # in place, since autograd was told of it
 
     @staticmethod
@@ -126,12 +127,24 @@ class ShardedActivation(Tensor):
         else:
             activation = cls(local, shape)
         activation.local, activation.place = local, place
-        activation._whole = activation._whole_version = None
-        activation._shares_memory = activation._rewritten = False
+        activation._whole, activation._versions = None, (None, None)
+        activation._relatives, activation._rewritten = [weakref.ref(activation)], False
         return activation
+
+    def settle(self) -> None:
+        """Give up `local` if a view of the whole has been written to."""
+        for other in self.sharing_memory():
+            if other.local is not None and other._whole is not None:
+                if version_of(other._whole) != other._versions[1]:
+                    other._become_whole("a view")
+
+    def sharing_memory(self) -> list[ShardedActivation]:
+        """This and the other activations that have its memory (`detach`, `data`)."""
+        return [other for relative in self._relatives if (other := relative()) is not None]
 
     def whole(self, reader: str) -> Tensor:
         """The plain tensor [*lead, width], made once; `reader` names the operation that asks for it."""
+        self.settle()
         local, kept = self.local, self._whole
         if local is None:
             assert kept is not None
@@ -142,22 +155,23 @@ class ShardedActivation(Tensor):
                 f"({reader}): its gradient would be lost. Write into a clone()."
             )
         lacks_graph = torch.is_grad_enabled() and local.requires_grad and kept is not None and not kept.requires_grad
-        if kept is None or lacks_graph or self._whole_version != version_of(local):
+        if kept is None or lacks_graph or self._versions[0] != version_of(local):
             for seen in _watchers:
                 seen.append(Gathered(self.place.layer, reader, _line_of_user()))
             self._whole = kept = self.place.tokens(local, self.shape)
-            self._whole_version = version_of(local)
+            self._versions = version_of(local), version_of(kept)
         return kept
 
     def _become_whole(self, writer: str) -> Tensor:
         """Give up `local`: from now on the activation is the plain tensor, which is about to be written to."""
-        if self._shares_memory:
+        if len(self.sharing_memory()) > 1:
             raise LayoutError(
                 f"{writer} writes into an activation of {self.place.layer!r} that shares its memory with another "
                 f"(detach, data). Write into a clone()."
             )
-        self._whole, self.local = self.whole(writer), None
-        return self._whole
+        whole = self._whole if self._whole is not None and writer == "a view" else self.whole(writer)
+        self._whole, self.local = whole, None
+        return whole
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -214,9 +228,14 @@ def _by_feature(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     first = activations[0]
     ranks, rows, _ = first.place
     writes = name in IN_PLACE or bool(kwargs.get("inplace"))
-    if "out" in kwargs or (writes and (args[0] is not first or first._whole is not None)):
+    if not torch.is_grad_enabled() and any(a.requires_grad for a in activations) and _in_autograd_function():
+        return NotImplemented  # autograd takes what comes out for a tensor of its own
+    if "out" in kwargs or (writes and args[0] is not first):
         return NotImplemented
+    if writes and any(other._whole is not None for other in first.sharing_memory()):
+        return NotImplemented  # what was brought back may have views
     for activation in activations:
+        activation.settle()
         place = activation.place
         if (
             activation.local is None
@@ -257,7 +276,8 @@ def _by_feature(func: Any, name: str, args: Any, kwargs: Any) -> Any:
         return first
     made = ShardedActivation.wrap(result, first.shape, first.place)
     if name in CASTS and not result.is_meta and result.data_ptr() == first.local.data_ptr():  # type: ignore[union-attr]
-        made._shares_memory = first._shares_memory = True
+        first._relatives.extend(made._relatives)
+        made._relatives = first._relatives
     return made
 
 

@@ -62,7 +62,7 @@ _QUESTIONS_CALLED = (
 ).split()
 ANSWERS: frozenset[Any] = frozenset(
     [
-        *(f.__get__ for name in _QUESTIONS if hasattr(f := getattr(Tensor, name, None), "__get__") and not callable(f)),
+        *(getattr(Tensor, name).__get__ for name in _QUESTIONS if hasattr(getattr(Tensor, name, None), "__get__")),
         *(f for name in _QUESTIONS_CALLED if callable(f := getattr(Tensor, name, None))),
         *(f for name in ("numel", "is_floating_point", "is_complex") if (f := getattr(torch, name))),
     ]

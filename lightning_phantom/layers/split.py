@@ -26,8 +26,8 @@ from lightning_phantom.layers.dense import is_conv1d, oriented
 class SplitLinear(nn.Linear):
     """A linear layer that R ranks hold between them. A subclass makes the parameters and calls `reset_parameters`.
 
-    Outside, a rank has its own tokens with all features; inside, the group's tokens with its own features. A layer reads
-    either, and for R > 1 returns the latter as a `ShardedActivation`, which passes for the former everywhere.
+    Outside, a rank has its own tokens with all features; inside, the group's tokens with its own features. A layer
+    reads either, and for R > 1 returns the latter as a `ShardedActivation`, which passes for the former everywhere.
 
     Args:
         in_features: width of the input, all ranks together.
@@ -157,8 +157,9 @@ class SplitLinear(nn.Linear):
         return self._uncompiled(input) if torch.compiler.is_compiling() else self._among_ranks(input)
 
     def _among_ranks(self, input: Tensor) -> Tensor:
-        if isinstance(input, ShardedActivation) and input.local is None:
-            input = input.whole(self.name)
+        if isinstance(input, ShardedActivation):
+            input.settle()
+            input = input.whole(self.name) if input.local is None else input
         last: Last | None = self.ranks.agreement.last
         if last is None or not last.is_of(input):
             last = self._read(input)
@@ -184,9 +185,7 @@ class SplitLinear(nn.Linear):
             )
         if isinstance(input, ShardedActivation) and input.place.ranks.process_group is self.ranks.process_group:
             assert input.local is not None
-            last = Last(
-                weakref.ref(input, self._forget), version_of(input), _mode(input), input.local, input.place.rows
-            )
+            x, rows, inside = input.local, input.place.rows, True
         else:
             plain = input.whole(self.name) if isinstance(input, ShardedActivation) else input
             n = plain.shape[:-1].numel()
@@ -194,8 +193,8 @@ class SplitLinear(nn.Linear):
             rows = self.ranks.agreement.enter(self.name, n, f"{x.shape[1]} {x.dtype}")
             if self.enters:
                 x = to_features(x, self.ranks, rows, f"entry of {self.name!r}")
-            reference = weakref.ref(input, self._forget)
-            last = Last(reference, version_of(input), _mode(input), x, rows, inside=self.enters)
+            inside = self.enters
+        last = Last(weakref.ref(input, self._forget), version_of(input), _mode(input), x, rows, inside)
         self.ranks.agreement.last = last
         return last
 
@@ -269,7 +268,7 @@ class Last:
     mode: tuple[object, ...]
     x: Tensor
     rows: Rows
-    inside: bool = True
+    inside: bool
     outputs: dict[SplitLinear, tuple[Tensor, tuple[int | None, ...]]] = field(default_factory=dict)
 
     def is_of(self, input: Tensor) -> bool:

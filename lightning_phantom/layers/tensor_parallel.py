@@ -194,8 +194,8 @@ class _Column(torch.autograd.Function):
             def multiply(x: Tensor, *factors: Any) -> list[Tensor]:
                 return _column(x, ranks, rows, what, inside, *factors)
 
-            dx, *grads = differentiate(multiply, (x, *factors), (needs_x, *needs), dzs)
-            return (dx, None, None, None, None, *grads)
+            of_x, *of_factors = differentiate(multiply, (x, *factors), (needs_x, *needs), dzs)
+            return (of_x, None, None, None, None, *of_factors)
 
         weights, back = factors[::2], f"gradient: {what}"
         if needs_x:
@@ -242,8 +242,8 @@ class _Row(torch.autograd.Function):
             def multiply(x: Tensor, *factors: Any) -> list[Tensor]:
                 return _row(x, ranks, rows, what, *factors)
 
-            dx, *grads = differentiate(multiply, (x, *factors), (needs_x, *needs), dzs)
-            return (dx, None, None, None, *grads)
+            of_x, *of_factors = differentiate(multiply, (x, *factors), (needs_x, *needs), dzs)
+            return (of_x, None, None, None, *of_factors)
 
         scale, own = 1 if rows.shared else 1 / ranks.size, _own(rows, ranks)
         arriving = [ranks.gather_tokens(dz, rows, f"gradient: {what}", scale) for dz in dzs]

@@ -1,8 +1,8 @@
 """Finds feed-forward networks (FFNs): which linears belong to one, in which order, and which read the same value.
 
-It proves nothing and need not: a layer computes the same wherever it stands, and what is guessed wrong costs an exchange
-(`layers.activation`). Four ways to know, the first that knows counts: the user's plan, a model's own tensor parallel
-plan, a trace of a module's forward, and how linears are registered.
+It proves nothing and need not: a layer computes the same wherever it stands, and what is guessed wrong costs an
+exchange (`layers.activation`). Four ways to know, the first that knows counts: the user's plan, a model's own tensor
+parallel plan, a trace of a module's forward, and how linears are registered.
 """
 
 from __future__ import annotations
@@ -153,8 +153,9 @@ def _traced(root: nn.Module, left: Mapping[str, Any]) -> Iterable[FFN]:
         used: set[str] = set()
         for ffn in known[key]:
             groups = tuple(g._replace(names=tuple(join(owner, n) for n in g.names)) for g in ffn.groups)
-            used.update(name for g in groups for name in g.names)
-            yield FFN(owner, groups, "traced")
+            names = [name for g in groups for name in g.names]
+            used.update(names)
+            yield FFN(_common(names), groups, "traced")
         for name, child in module.named_children():
             below = join(owner, name)
             if sum(_is_below(below, n) for n in left if n not in used) > 1:

@@ -29,7 +29,7 @@ def unfit(module: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, str]
                 holders[_memory(parameter)].add(id(m))
                 names[_memory(parameter)].append(name)
     read = _read_by_parents(module)
-    reasons = {}
+    reasons: dict[str, str] = {}
     for name, linear in linears.items():
         if not name:
             reasons[name] = "it is the module itself; wrap it in nn.Sequential"
@@ -58,7 +58,7 @@ def _read_by_parents(root: nn.Module) -> dict[str, str]:
             below = [name for name, _ in m.named_modules(prefix=owner) if name != owner]
             found.update(dict.fromkeys(below, f"{type(m).__name__} {owner!r} itself"))
         elif not isinstance(m, BLOCKS):
-            for path in _weights_named_by(type(m)):
+            for path in _weights_named_by(type(m)):  # type: ignore[arg-type]
                 found[f"{owner}.{path}" if owner else path] = who
     return found
 

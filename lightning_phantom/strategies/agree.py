@@ -73,9 +73,9 @@ class Swapper:
                 group["params"] = [new for old in group["params"] for new in self._successors(old, optimizer)]
 
     def _successors(self, old: Any, optimizer: Optimizer) -> list[Any]:
-        reference, layer = self._replaced.get(id(old), (None, None))
-        if layer is None or reference is None or reference() is not old:
+        if id(old) not in self._replaced or self._replaced[id(old)][0]() is not old:
             return [old]
+        layer = self._replaced[id(old)][1]
         if optimizer.state.get(old):
             raise PhantomError(
                 f"the optimizer has taken steps with the dense weight of {layer.name!r}, and its state fits no "

@@ -104,5 +104,6 @@ def check_optimizers(optimizers: Iterable[Optimizer], module: nn.Module) -> None
         if layer.keeps_factors and missing and len(missing) < len(trainable):
             raise PhantomError(
                 f"the optimizer holds only a part of {name!r}: {', '.join(missing)} would never be trained. "
-                f"The parameters of a {layer.kind} layer are {', '.join(trainable)}; pass all, or freeze those you leave out."
+                f"The parameters of a {layer.kind} layer are {', '.join(trainable)}; pass all, or freeze those you "
+                f"leave out."
             )

@@ -47,7 +47,7 @@ class RunningStrategy(CheckpointingStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """As under DDP; but in prediction, where ranks get unequal numbers of batches, those of a group read the same."""
+        """As under DDP; but in prediction, where ranks get unequal numbers of batches, a group's read the same."""
         if self._predicting:
             groups = self.mesh.data_parallel
             return {"num_replicas": groups.size, "rank": groups.rank}

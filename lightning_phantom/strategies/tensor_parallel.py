@@ -29,8 +29,8 @@ class TensorParallelStrategy(SplitStrategy):
     On any R it trains the dense model, but for the masks of dropout.
 
     Args:
-        tensor_parallel_size: R, which divides the number of ranks. `"auto"`: the devices of a node. 1 is the dense model.
-        plan: `{"glob of module name": "phantom" | "skip"}`, which layers to split; None finds the feed-forward networks.
+        tensor_parallel_size: R, which divides the number of ranks. `"auto"`: the devices of a node. 1 is dense.
+        plan: `{"glob of module name": "phantom" | "skip"}`: which layers to split; None finds the feed-forward nets.
         style: `"megatron"`, pairs of a column- and a row-parallel layer: tokens are gathered before and the sum is
             scattered after each; or `"layerwise"`, column-parallel layers that gather their input.
         state_dict_type: how checkpoints are saved: `"full"`, one file with dense weights that any strategy can load, or

@@ -16,7 +16,7 @@ from lightning_phantom.commands.compare.trial import Memory
 from lightning_phantom.cost.count import estimate_cost
 from lightning_phantom.errors import PhantomError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = """
 seed_everything: 3
 trainer:

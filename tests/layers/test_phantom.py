@@ -1,4 +1,7 @@
-"""The operator against the dense oracle, on one rank and on several; its collectives counted and placed."""
+"""The operator against the dense oracle, on one rank and on several; its collectives counted and placed.
+
+Start here: a new layer's test begins as a copy of this one, with its own dense weight in tests/helpers/reference.py.
+"""
 
 import itertools
 from collections import Counter

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from lightning_phantom.layers.chain import ShardedDropout
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
@@ -12,7 +13,6 @@ from torch.nn.utils import parametrizations, prune
 from lightning_phantom.config import PhantomConfig
 from lightning_phantom.cost.count import estimate_cost
 from lightning_phantom.errors import LayoutError, PhantomError, PlanError
-from lightning_phantom.layers.chain import ShardedDropout
 from lightning_phantom.layers.phantom import PhantomLinear
 from lightning_phantom.plan.finder import plan_phantom
 from lightning_phantom.swap import densify, phantomize_

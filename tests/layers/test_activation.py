@@ -1,0 +1,455 @@
+"""Activations between ranks: whatever code does with one gives what a plain tensor gives, or one clear error."""
+
+import copy
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, given, seed, settings
+from ranks import run_ranks
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_phantom.distributed.agreement import agreement_of
+from lightning_phantom.distributed.ranks import Ranks
+from lightning_phantom.errors import LayoutError
+from lightning_phantom.layers.activation import Place, ShardedActivation, watch_gathers
+from lightning_phantom.layers.elementwise import IN_PLACE, TABLE
+
+LEAD, WIDTH = ((2, 3), (1, 5), (4,), (0, 3)), 8  # of each rank: other numbers of rows, one with none
+
+
+def places():
+    """This rank's ranks, and a way to make activations of the rows above."""
+    ranks = Ranks(dist.group.WORLD)
+    lead = LEAD[: ranks.size][ranks.rank]
+    rows = agreement_of(dist.group.WORLD).enter("made up", torch.Size(lead).numel(), "for tests")
+    return Place(ranks, rows, "up"), lead
+
+
+def pair(place, lead, seed=0, dtype=torch.float64, requires_grad=True, positive=False):
+    """The same values as an activation and as a plain tensor, with a leaf in front of each."""
+    generator = torch.Generator().manual_seed(100 * seed + place.ranks.rank)
+    values = torch.randn(*lead, WIDTH, generator=generator, dtype=torch.float64)
+    values = (values.abs() + 0.1 if positive else values).to(dtype)
+    if not requires_grad:
+        return values, values, ShardedActivation.wrap(place.features(values), values.shape, place), values
+    leaf, plain_leaf = values.clone().requires_grad_(), values.clone().requires_grad_()
+    local = place.features(leaf, place.gradient_scale and 1.0)
+    return leaf, plain_leaf, ShardedActivation.wrap(local, leaf.shape, place), plain_leaf * 1
+
+
+def same(mine, expected):
+    if isinstance(mine, ShardedActivation):
+        mine = mine.whole("test")
+    if not isinstance(expected, torch.Tensor):
+        return mine == expected
+    return (
+        mine.shape == expected.shape
+        and mine.dtype == expected.dtype
+        and torch.allclose(mine.detach(), expected.detach(), rtol=1e-12, atol=1e-12, equal_nan=True)
+    )
+
+
+# The table, entry by entry
+
+ARGUMENTS = {
+    "threshold": (0.1, 20.0),
+    "clamp": (-0.5, 0.5),
+    "clip": (-0.5, 0.5),
+    "clamp_min": (0.1,),
+    "clamp_max": (0.1,),
+    "hardtanh": (-0.5, 0.5),
+    "nan_to_num": (0.0,),
+    "pow": (2,),
+    "float_power": (2,),
+    "__pow__": (2,),
+    "__rpow__": (2,),
+    "__ipow__": (2,),
+    "masked_fill": ("mask", 3.0),
+    "where": ("mask first",),
+    "lerp": ("other", 0.3),
+    "addcmul": ("other", "other"),
+    "addcdiv": ("other", "other"),
+    "fill_": (2.0,),
+    "full_like": (2.0,),
+    "to": (torch.float32,),
+    "type_as": ("other",),
+    "xlogy": ("other",),
+}
+OF_TWO = set(
+    "add sub subtract rsub mul multiply div divide true_divide floor_divide remainder fmod maximum minimum fmax fmin "
+    "hypot copysign atan2 gt greater ge greater_equal lt less le less_equal eq ne not_equal logical_and logical_or "
+    "logical_xor __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __div__ __rdiv__ __truediv__ __rtruediv__ "
+    "__floordiv__ __rfloordiv__ __mod__ __rmod__ __gt__ __ge__ __lt__ __le__ __eq__ __ne__ __iadd__ __isub__ __imul__ "
+    "__idiv__ __itruediv__ __imod__ __ifloordiv__".split()
+)
+RANDOM = {"dropout", "alpha_dropout"}
+
+
+def arguments_of(name, other, mask):
+    base = name.rstrip("_") if not name.startswith("__") else name
+    given = ARGUMENTS.get(name, ARGUMENTS.get(base))
+    if given is None:
+        given = ("other",) if base in OF_TWO else ()
+    return [{"other": other, "mask": mask}.get(a, a) if isinstance(a, str) else a for a in given]
+
+
+def table():
+    place, lead = places()
+    checked, skipped = set(), set()
+    for function, name in TABLE.items():
+        if name.rstrip("_") in RANDOM:
+            continue
+        dtype = torch.bool if name in ("__invert__",) else torch.float64
+        leaf, plain_leaf, z, plain = pair(place, lead, 1, dtype, dtype is torch.float64, positive=True)
+        _, _, other, plain_other = pair(place, lead, 2, requires_grad=False, positive=True)
+        mask, plain_mask = (other > 0.8), (plain_other > 0.8)
+        mine, theirs = arguments_of(name, other, mask), arguments_of(name, plain_other, plain_mask)
+        if name.rstrip("_") == "where":
+            mine, theirs = [mask, z, other], [plain_mask, plain, plain_other]
+        else:
+            mine, theirs = [z, *mine], [plain, *theirs]
+        if name.rstrip("_") in ("erfinv", "logit", "acos", "asin", "atanh"):
+            mine[0], theirs[0] = mine[0] * 0.1, theirs[0] * 0.1
+        try:
+            expected = function(*theirs)
+        except Exception:  # no such overload, or in place on what it cannot be
+            skipped.add(name)
+            continue
+        with watch_gathers() as seen:
+            result = function(*mine)
+        assert not seen, (name, seen)
+        if isinstance(expected, torch.Tensor) and name not in IN_PLACE:
+            assert isinstance(result, ShardedActivation), name
+        if name in IN_PLACE:
+            assert result is mine[0], name
+        assert same(result, expected), name
+        if isinstance(expected, torch.Tensor) and expected.requires_grad:
+            expected.sum().backward()
+            result.sum().backward()
+            assert torch.allclose(leaf.grad, plain_leaf.grad, rtol=1e-10, atol=1e-10, equal_nan=True), name
+        checked.add(name)
+    return sorted(checked), sorted(skipped - checked)
+
+
+@pytest.mark.parametrize("n", [2])
+def test_every_operation_of_the_table(n):
+    checked, skipped = run_ranks(n, table)[0]
+    assert not {name for name in skipped if not name.endswith("_") and not name.startswith("__")}, skipped
+    assert len(checked) > 130
+
+
+def dropouts():
+    place, lead = places()
+    out = {}
+    for inplace in (False, True):
+        torch.manual_seed(place.ranks.rank)
+        leaf, _, z, _ = pair(place, lead, requires_grad=True)
+        kept = F.dropout(z * 1, 0.5, True, inplace)
+        assert isinstance(kept, ShardedActivation)
+        kept.sum().backward()
+        out[inplace] = (leaf.grad, kept.whole("test").detach(), leaf.detach())
+    return out
+
+
+def test_dropout_falls_on_features_and_scales_them():
+    for rank in run_ranks(2, dropouts):
+        for grad, kept, x in rank.values():
+            assert set(grad.unique().tolist()) <= {0.0, 2.0}
+            assert torch.allclose(kept, x * grad)
+
+
+# Chains of operations, at random
+
+UNARY = [
+    lambda z: z.relu(),
+    lambda z: F.gelu(z),
+    lambda z: F.gelu(z, approximate="tanh"),
+    lambda z: z * 0.5 + 1,
+    lambda z: 2 / (z.abs() + 1),
+    lambda z: z * torch.sigmoid(z),
+    lambda z: 0.5 * z * (1 + torch.tanh(0.79 * (z + 0.04 * z**3))),
+    lambda z: torch.where(z > 0, z, z * 0.1),
+    lambda z: z.float().double(),
+    lambda z: z.clone(),
+    lambda z: z.contiguous(),
+    lambda z: z.detach() + z,
+    lambda z: z.flatten(),
+    lambda z: z.flatten().view(z.shape),
+    lambda z: z[..., :4],
+    lambda z: z.chunk(2, -1)[1],
+    lambda z: torch.cat([z, z], -1)[..., ::2],
+    lambda z: z.softmax(-1),
+    lambda z: z.transpose(0, -1),
+    lambda z: z - z.mean(),
+    lambda z: z / z.sum(-1, keepdim=True).abs().clamp(min=0.1),
+    lambda z: F.layer_norm(z, z.shape[-1:]),
+    lambda z: z + torch.ones(z.shape, dtype=z.dtype),
+    lambda z: z + torch.arange(z.shape[-1], dtype=z.dtype),
+    lambda z: z.masked_fill(z < 0, 0.3),
+    lambda z: z + torch.tensor(0.25, dtype=z.dtype),
+    lambda z: torch.addcmul(z, z, z, value=0.1),
+    lambda z: torch.stack([z, z * 2]).sum(0),
+    lambda z: z.unsqueeze(0)[0],
+    lambda z: F.linear(z, torch.ones(3, z.shape[-1], dtype=z.dtype)),
+    lambda z: torch.einsum("...i->...", z),
+    lambda z: z.sort(-1).values,
+    lambda z: torch.maximum(z, z * 0.5),
+    lambda z: torch.lerp(z, z * 2, 0.5),
+]
+
+
+def relu_(z):
+    return F.relu(z, inplace=True)
+
+
+def add_(z):
+    z += 1
+    return z
+
+
+def residual_(z):
+    z += torch.ones(z.shape, dtype=z.dtype)
+    return z
+
+
+def set_(z):
+    z[..., 0] = 3.0
+    return z
+
+
+def view_then_write(z):
+    view = z.view(-1)
+    z.mul_(2)
+    return view.reshape(z.shape) + z
+
+
+def detach_then_write(z):
+    other = z.detach()
+    z.mul_(2)
+    return other + z
+
+
+def write_through_a_view(z):
+    z.view(-1)[:2] = 0.5
+    return z * 1
+
+
+def half_then_write(z):
+    half = z * 0.5
+    z.add_(1)
+    return half + z
+
+
+IN_PLACES = [
+    relu_,
+    add_,
+    residual_,
+    set_,
+    view_then_write,
+    detach_then_write,
+    write_through_a_view,
+    half_then_write,
+    lambda z: z.mul_(3),
+    lambda z: z.clamp_(-1, 1),
+    lambda z: z.copy_(z * 2),
+    lambda z: torch.sigmoid_(z),
+    lambda z: z.masked_fill_(z > 0.5, 0.1),
+]
+PROGRAMS = [*((f"u{n}", f) for n, f in enumerate(UNARY)), *((f"i{n}", f) for n, f in enumerate(IN_PLACES))]
+
+
+def run_chain(chain, z):
+    for _, function in chain:
+        z = function(z * 1 if z.is_leaf else z)
+    return z
+
+
+def chains(examples):
+    place, lead = places()
+    ran = {"equal": 0, "refused": 0, "plain fails": 0}
+
+    # Every rank draws the same chains.
+    @seed(1)
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(st.sampled_from(range(len(PROGRAMS))), min_size=1, max_size=6))
+    def check(indices):
+        chain = [PROGRAMS[i] for i in indices]
+        leaf, plain_leaf, z, plain = pair(place, lead)
+        try:
+            expected = run_chain(chain, plain)
+            failed = None
+            (expected * expected).sum().backward()
+        except Exception as error:
+            failed = error
+        votes = [None] * dist.get_world_size()
+        dist.all_gather_object(votes, failed is not None)
+        if any(votes):  # a shape that is none for one of the ranks
+            ran["plain fails"] += 1
+            return
+        try:
+            result = run_chain(chain, z)
+        except LayoutError:
+            ran["refused"] += 1
+            return
+        assert same(result, expected), chain
+        (result * result).sum().backward()
+        assert torch.allclose(leaf.grad, plain_leaf.grad, rtol=1e-8, atol=1e-8), chain
+        ran["equal"] += 1
+
+    check()
+    return ran
+
+
+def test_chains_of_operations_equal_those_on_plain_tensors():
+    ran = run_ranks(2, chains, 300)[0]
+    assert ran["equal"] >= 200 and ran["refused"] <= ran["equal"] / 4, ran
+
+
+# What bypasses __torch_function__
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * 3 * x * x
+
+
+@torch.jit.script
+def scripted(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def bypasses():
+    place, lead = places()
+    out = {}
+    for name, function in {"autograd.Function": Cube.apply, "script": scripted}.items():
+        leaf, plain_leaf, z, plain = pair(place, lead)
+        result, expected = function(z), function(plain)
+        (result * expected.detach()).sum().backward()
+        (expected * expected.detach()).sum().backward()
+        out[name] = same(result, expected) and torch.allclose(leaf.grad, plain_leaf.grad, rtol=1e-10)
+    _, _, z, _ = pair(place, lead)
+    for name, function in {
+        "data_ptr": lambda: z.data_ptr(),
+        "storage": lambda: z.untyped_storage(),
+        "dlpack": lambda: torch.from_dlpack(z.detach()),
+        "t_": lambda: z.transpose_(0, -1),
+        "out": lambda: torch.add(1, 1, out=z.detach()),
+        "after a write": lambda: Cube.apply((z * 1).relu_()),
+    }.items():
+        with pytest.raises(LayoutError, match="'up'") as caught:
+            function()
+        out[name] = str(caught.value)
+    return out
+
+
+def test_custom_functions_are_right_and_raw_memory_is_refused():
+    for out in run_ranks(2, bypasses):
+        assert out["autograd.Function"] is True and out["script"] is True
+        assert "data_ptr reads or replaces the memory" in out["data_ptr"]
+        assert "skip" in out["data_ptr"]
+
+
+def gradients():
+    place, lead = places()
+    out = {}
+    leaf, plain_leaf, z, plain = pair(place, lead)
+    y, plain_y = torch.tanh(z), torch.tanh(plain)
+    (mine,) = torch.autograd.grad((y * y).sum(), y, retain_graph=True)
+    (theirs,) = torch.autograd.grad((plain_y * plain_y).sum(), plain_y, retain_graph=True)
+    out["grad"] = torch.allclose(mine, theirs)
+    seen, plain_seen = [], []
+    y.register_hook(lambda g: seen.append(g.clone()) or g * 2)
+    plain_y.register_hook(lambda g: plain_seen.append(g.clone()) or g * 2)
+    y.retain_grad()
+    plain_y.retain_grad()
+    (y * y).sum().backward()
+    (plain_y * plain_y).sum().backward()
+    out["hook"] = torch.allclose(seen[0], plain_seen[0])
+    out["retained"] = torch.allclose(y.grad, plain_y.grad)
+    out["leaf"] = torch.allclose(leaf.grad, plain_leaf.grad)
+
+    scale, plain_scale = (nn.Parameter(torch.tensor(0.7, dtype=torch.float64)) for _ in range(2))
+    _, _, z, plain = pair(place, lead)
+    with watch_gathers() as gathered:
+        made = z * scale
+    assert not gathered
+    made.square().sum().backward()
+    (plain * plain_scale).square().sum().backward()
+    totals = []
+    for p in (scale, plain_scale):
+        total = p.grad.clone()
+        dist.all_reduce(total)
+        totals.append(total)
+    out["a scalar parameter"] = torch.allclose(*totals)
+    return out
+
+
+def test_gradients_of_activations_and_of_scalars():
+    for out in run_ranks(2, gradients):
+        assert all(out.values()), out
+
+
+def numbers(kind):
+    place, lead = places()
+    _, _, z, _ = pair(place, lead)
+    own = float(place.ranks.rank + 1)
+    if kind == "number":
+        y = z * own
+    elif kind == "tensor":
+        y = z * torch.tensor(own, dtype=torch.float64)
+    else:  # one that cannot be seen through: it goes to tokens, and is right
+        weight = torch.tensor(own, dtype=torch.float64, requires_grad=True) * 1
+        return torch.equal((z * weight).detach(), z.whole("test").detach() * own)
+    with pytest.raises(LayoutError, match="different numbers"):
+        place.ranks.agreement.enter("next", 1, "")
+    return isinstance(y, ShardedActivation)
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor", "with a gradient"])
+def test_numbers_that_differ_between_ranks_are_found(kind):
+    assert all(run_ranks(2, numbers, kind))
+
+
+def looks():
+    place, lead = places()
+    _, _, z, plain = pair(place, lead)
+    assert z.shape == plain.shape and z.size(-1) == WIDTH and z.dim() == plain.dim() and len(z) == len(plain)
+    assert z.dtype == plain.dtype and z.device == plain.device and z.requires_grad and not z.is_leaf
+    assert z.numel() == plain.numel() and z.is_floating_point() and z.grad_fn is not None
+    assert isinstance(z, torch.Tensor) and repr(z).startswith("tensor(")
+    assert torch.equal(copy.deepcopy(z.detach()), plain.detach())
+    assert z.tolist() == plain.tolist()
+    with watch_gathers() as seen:
+        z.sum()
+        z.mean()  # what has been brought back is kept
+        z.relu()
+    return [(g.layer, g.operation, "test_activation.py" in g.line) for g in seen]
+
+
+def test_questions_are_answered_and_gathers_are_named():
+    for seen in run_ranks(2, looks):
+        assert seen == []  # repr and tolist had brought it back already
+
+
+def once():
+    place, lead = places()
+    _, _, z, _ = pair(place, lead)
+    with watch_gathers() as seen:
+        z.softmax(-1)
+        z.sum()
+    return [(g.layer, g.operation, "test_activation.py" in g.line) for g in seen]
+
+
+def test_it_goes_back_to_tokens_once():
+    for seen in run_ranks(2, once):
+        assert seen == [("up", "softmax", True)]
