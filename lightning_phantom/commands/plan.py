@@ -15,8 +15,9 @@ from lightning_phantom.commands.plan_tables import cost_table, simulation_table,
 from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.commands.terminal import command_parser, output_file, phantom_width, show
 from lightning_phantom.config import PhantomConfig
-from lightning_phantom.cost.count import ELEMENT_BYTES, Layer
+from lightning_phantom.cost.count import ELEMENT_BYTES
 from lightning_phantom.cost.data_parallel import NOTHING, Rest
+from lightning_phantom.cost.layer import Layer
 from lightning_phantom.cost.predict import Machine
 from lightning_phantom.cost.scale import Setting
 from lightning_phantom.errors import PhantomError

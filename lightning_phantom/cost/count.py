@@ -23,47 +23,15 @@ for shards where W > R, is not counted in their rows: it depends on W, and on th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from lightning_phantom.config import check_phantom_width, is_int, resolve_phantom_width
+from lightning_phantom.cost.layer import Layer, as_layers, in_pairs, is_row
 from lightning_phantom.errors import PhantomError
 
 # Bytes per element, by the names torch gives its types.
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer as the cost model sees it.
-
-    Attributes:
-        in_features: width of the input, all ranks together.
-        out_features: width of the output, all ranks together.
-        bias: whether it has one.
-        enters: whether its input is whole tokens: from outside the feed-forward network (FFN), or out of a norm in it.
-        leaves: whether something that needs whole tokens reads its output.
-        needs_input_grad: whether its input needs a gradient; False at the first layer of a model fed with data.
-        shares_input: whether it rides on the collectives of a sibling before it that reads the same value.
-        phantom_width: k of this layer alone; None takes the one given to `estimate_cost`.
-        depth: how many linears lie before it in its FFN: in Megatron's pairs even ones are cut by column, odd ones by
-            row. None: one more than the layer before it in the list, or 0 where it enters.
-    """
-
-    in_features: int
-    out_features: int
-    bias: bool = True
-    enters: bool = False
-    leaves: bool = False
-    needs_input_grad: bool = True
-    shares_input: bool = False
-    phantom_width: int | None = None
-    depth: int | None = None
-
-    @property
-    def dense_weights(self) -> int:
-        """Parameters of the dense layer."""
-        return (self.in_features + self.bias) * self.out_features
 
 
 @dataclass(frozen=True)
@@ -171,35 +139,9 @@ def estimate_cost(
         width = phantom_width if layer.phantom_width is None else layer.phantom_width
         k = resolve_phantom_width(width, layer.in_features, layer.out_features, num_blocks)
         phantom += _phantom(layer, group, num_blocks, k)
-        megatron += _exact(layer, group, is_row(layer))
+        megatron += _exact(in_pairs(layer), group, is_row(layer))
         layerwise += _exact(layer, group, row=False)
     return CostEstimate(phantom, megatron, layerwise)
-
-
-def as_layers(layers: Sequence[Layer | tuple[int, int]], entry_needs_grad: bool = True) -> list[Layer]:
-    """`Layer` records, each with its depth, of what `estimate_cost` is given.
-
-    Raises:
-        PhantomError: there is none.
-    """
-    if not layers:
-        raise PhantomError("layers is empty: give (in_features, out_features) pairs or Layer records.")
-    found: list[Layer] = []
-    last, depth = len(layers) - 1, -1
-    for n, layer in enumerate(layers):
-        if not isinstance(layer, Layer):
-            layer = Layer(*layer, enters=n == 0, leaves=n == last, needs_input_grad=n > 0 or entry_needs_grad)
-        if layer.depth is not None:
-            depth = layer.depth
-        elif not layer.shares_input:
-            depth = 0 if layer.enters else depth + 1
-        found.append(replace(layer, depth=depth))
-    return found
-
-
-def is_row(layer: Layer) -> bool:
-    """Whether a layer, of those that `as_layers` gives, is cut by row in Megatron's pairs."""
-    return (layer.depth or 0) % 2 == 1
 
 
 # What is sent
@@ -270,7 +212,7 @@ def exact_collectives(layer: Layer, group: Group, row: bool) -> list[Collective]
         sent = group.exchanged(layer.in_features) if row else group.gathered(layer.in_features)
         found = [Collective("input", back, sent, 1, layer.enters) for back in ways[: 1 + layer.needs_input_grad]]
     if row:
-        found += [Collective("output", back, group.gathered(layer.out_features), 1, layer.leaves) for back in ways]
+        found += [Collective("output", back, group.gathered(layer.out_features), 1, True) for back in ways]
     elif layer.leaves:
         found += [Collective("output", back, group.exchanged(layer.out_features), 1, True) for back in ways]
     return found

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lightning_phantom.cost.count import Cost, Layer, as_layers, check_ints, element_bytes_of
+from lightning_phantom.cost.count import Cost, check_ints, element_bytes_of
+from lightning_phantom.cost.layer import Layer, as_layers
 
 BUCKET_BYTES = 25 * 2**20  # of gradients that DDP averages in one call, as torch has it
 

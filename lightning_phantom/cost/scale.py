@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lightning_phantom.config import resolve_phantom_width
-from lightning_phantom.cost.count import Cost, Layer, estimate_cost
+from lightning_phantom.cost.count import Cost, estimate_cost
 from lightning_phantom.cost.data_parallel import NOTHING, Rest, ddp_cost
+from lightning_phantom.cost.layer import Layer
 from lightning_phantom.cost.predict import METHODS, Machine, StepTime, predict
 from lightning_phantom.errors import PhantomError
 

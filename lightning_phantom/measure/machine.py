@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
 
-from lightning_phantom.cost.count import ELEMENT_BYTES, Group, Layer
+from lightning_phantom.cost.count import ELEMENT_BYTES, Group
+from lightning_phantom.cost.layer import Layer
 from lightning_phantom.cost.predict import Machine, Work, exact_stages, phantom_stages
 from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import PhantomError

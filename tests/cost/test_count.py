@@ -16,8 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_phantom.config import PhantomConfig, TensorParallelConfig
-from lightning_phantom.cost.count import Cost, Layer, estimate_cost
+from lightning_phantom.cost.count import Cost, estimate_cost
 from lightning_phantom.cost.data_parallel import BUCKET_BYTES, estimate_data_parallel
+from lightning_phantom.cost.layer import Layer
 from lightning_phantom.distributed.comm import record_traffic
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers.split import split_layers
@@ -50,6 +51,21 @@ class Heads(nn.Module):
         return torch.cat([self.mean(h), self.spread(h)], -1)
 
 
+class Residual(nn.Module):
+    """Values that linears of odd and of even depth write into together: in Megatron's pairs they are whole tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x):
+        first, *others = self.layers
+        h = first(x)
+        for layer in others:
+            h = h + layer(torch.relu(h))
+        return h
+
+
 def chain(*widths, between=nn.GELU):
     layers = [m for n, width in enumerate(widths[1:]) for m in (nn.Linear(widths[n], width), between())]
     return nn.Sequential(*layers[:-1])
@@ -62,6 +78,7 @@ MODULES = {
     "norms": partial(chain, 32, 32, 32, 32, between=partial(nn.LayerNorm, 32)),
     "gated": Gated,
     "heads": Heads,
+    "residual": Residual,
     "alone": partial(chain, 32, 16),
 }
 
