@@ -7,9 +7,12 @@ import pytest
 import torch
 from background import program
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from benchmarks.ffn import RandomVectors
 from lightning_phantom.commands.cli import main
-from lightning_phantom.commands.compare.methods import torch_plan
+from lightning_phantom.commands.compare.methods import SharedBatches, torch_plan
 from lightning_phantom.commands.compare.options import parse
 from lightning_phantom.commands.compare.report import summarise
 from lightning_phantom.commands.compare.trial import Memory
@@ -235,10 +238,71 @@ def test_what_makes_no_sense_is_refused_before_anything_starts(config, arguments
     assert message in capsys.readouterr().err
 
 
-def test_torch_is_left_out_where_it_has_no_style():
-    styles = torch_plan(nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), 2)[1]
-    assert [type(style).__name__ for style in styles.values()] == [
-        *("ColwiseParallel", "RowwiseParallel", "ColwiseParallel")
-    ]
+def test_torch_reads_what_ranks_with_batches_of_their_own_read_together(monkeypatch):
+    data = torch.arange(24)
+
+    def loader(replicas, rank, **settings):
+        sampler = DistributedSampler(data, replicas, rank, shuffle=True, seed=5)
+        return DataLoader(data, **{"batch_size": 4, "sampler": sampler, **settings})
+
+    monkeypatch.setattr(SharedBatches, "world_size", 2)
+    strategy = SharedBatches(1, 2)
+    shared = strategy.process_dataloader(loader(1, 0, collate_fn=torch.tensor))
+    own = [list(loader(2, rank)) for rank in range(2)]
+    assert len(shared) == len(own[0]) == 3
+    for batch, *parts in zip(shared, *own, strict=True):
+        assert sorted(batch.tolist()) == sorted(torch.cat(parts).tolist())
+    for unfit in (DataLoader(data, batch_size=4), loader(1, 0, batch_size=None), [1, 2]):
+        with pytest.raises(PhantomError, match=r"its ranks read the same batches, and of a (DataLoader|list) none"):
+            strategy.process_dataloader(unfit)
+
+
+class Streamed(RandomVectors):
+    def train_dataloader(self):
+        class Stream(IterableDataset):
+            def __iter__(stream):
+                return iter(self.train)
+
+        return DataLoader(Stream(), batch_size=self.samples)
+
+
+def test_torch_is_left_out_where_its_batches_cannot_be_made(tmp_path, monkeypatch, capsys):
+    alone(monkeypatch)
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "run.yaml").write_text(CONFIG.replace("benchmarks.ffn.RandomVectors", "test_compare.Streamed"))
+    files = ["--config", str(tmp_path / "run.yaml"), "--json", str(tmp_path / "c.json")]
+    main(["compare", *files, "--methods", "torch,dense", "--rounds", "2", "--steps", "1", "--warmup", "2"])
+    result = json.loads((tmp_path / "c.json").read_text())
+    assert list(result["methods"]) == ["dense"] and len(result["runs"]) == 2
+    assert "Left out: torch: its ranks read the same batches, and of a DataLoader none" in capsys.readouterr().out
+
+
+def test_torchs_styles():
+    def styles(module):
+        return {
+            name: (type(style).__name__.removesuffix("Parallel"), *style.input_layouts, *style.output_layouts)
+            for name, style in torch_plan(module, 2)[1].items()
+        }
+
+    sharded, whole = Shard(-1), Replicate()
+    three = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    ends = {"1": ("Rowwise", sharded, whole), "2": ("Colwise", whole, whole)}
+    assert styles(three) == {"0": ("Colwise", whole, sharded)} | ends
+    normed = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+    assert styles(normed) == {"0": ("Colwise", whole, whole), "2": ("Rowwise", whole, whole)}
     with pytest.raises(PhantomError, match="nothing in Sequential qualifies"):
         torch_plan(nn.Sequential(nn.LayerNorm(8)), 2)
+    with pytest.raises(PhantomError, match="'d' may read what lies in two ways"):
+        torch_plan(Tapped(), 2)
+
+
+class Tapped(nn.Module):
+    """One column-parallel layer's output is read outside, and another's is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        a = self.a(x)
+        return self.d(self.c(self.b(a))), a.softmax(-1)
