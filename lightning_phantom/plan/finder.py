@@ -14,7 +14,7 @@ from lightning_phantom.errors import PlanError
 from lightning_phantom.layers.dense import features, is_conv1d, is_linear
 from lightning_phantom.layers.split import SplitLinear
 from lightning_phantom.plan.record import Plan, PlannedLayer
-from lightning_phantom.plan.structure import FFN, Group, below_attention, find_ffns
+from lightning_phantom.plan.structure import alone, below_attention, find_ffns
 from lightning_phantom.plan.unfit import unfit
 
 
@@ -73,7 +73,7 @@ def _make_plan(module: nn.Module, config: Config) -> Plan:
         ffns = find_ffns(module, available)
         found = {name for ffn in ffns for name in ffn.names}
         lone = [name for name in available if name not in found]
-        ffns += [FFN(name.rpartition(".")[0], (Group((name,), 0, True, True),), "alone") for name in lone]
+        ffns += [alone(name) for name in lone]
     places = {name: (ffn, group) for ffn in ffns for group in ffn.groups for name in group.names}
 
     layers = []

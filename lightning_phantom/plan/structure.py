@@ -29,14 +29,18 @@ class Group(NamedTuple):
     Attributes:
         names: full names of the modules; the first computes for all.
         depth: how many linears lie before them, on the longest way.
-        enters: whether the value comes from outside the FFN.
+        enters: whether the value is whole tokens: it comes from outside the FFN, or out of a norm in it.
         leaves: whether something outside reads what they write.
+        exits: whether what they write goes back to whole tokens: it leaves, or a norm in the FFN reads it.
+        in_pairs: `enters` and `exits` in Megatron's pairs, where those of odd depth write whole tokens.
     """
 
     names: tuple[str, ...]
     depth: int
     enters: bool
     leaves: bool
+    exits: bool
+    in_pairs: tuple[bool, bool]
 
 
 class FFN(NamedTuple):
@@ -177,10 +181,8 @@ def _ffns_of(flows: list[Flow]) -> list[FFN]:
     for part in parts:
         if len(part) < 2:
             continue
-        depth: dict[str, int] = {}
         groups: dict[object, list[Flow]] = defaultdict(list)
         for flow in (f for f in flows if f.name in part):
-            depth[flow.name] = max((depth.get(s, 0) + 1 for s in flow.sources), default=0)
             groups[flow.reads].append(flow)
         found.append(
             FFN(
@@ -188,9 +190,11 @@ def _ffns_of(flows: list[Flow]) -> list[FFN]:
                 tuple(
                     Group(
                         tuple(dict.fromkeys(f.name for f in group)),
-                        depth[group[0].name],
-                        not group[0].sources,
+                        group[0].depth,
+                        group[0].enters,
                         any(f.leaves for f in group),
+                        any(f.exits for f in group),
+                        (group[0].in_pairs[0], any(f.in_pairs[1] for f in group)),
                     )
                     for group in groups.values()
                 ),
@@ -230,7 +234,13 @@ def _same_block(names: list[str]) -> bool:
 
 
 def _pair(block: str, columns: tuple[str, ...], row: str, known_by: str) -> FFN:
-    return FFN(block, (Group(columns, 0, True, False), Group((row,), 1, False, True)), known_by)
+    first = Group(columns, 0, True, False, False, (True, False))
+    return FFN(block, (first, Group((row,), 1, False, True, True, (False, False))), known_by)
+
+
+def alone(name: str) -> FFN:
+    """An FFN of one linear."""
+    return FFN(name.rpartition(".")[0], (Group((name,), 0, True, True, True, (True, True)),), "alone")
 
 
 def _common(names: Collection[str]) -> str:

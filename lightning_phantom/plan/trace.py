@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -30,14 +30,37 @@ class Flow(NamedTuple):
     Attributes:
         name: of the linear, from the traced module.
         sources: the linears whose outputs its input is made from, by elementwise operations and norms alone.
+        depth: how many linears lie before it, on the longest way.
         reads: what it reads; equal for those that read the same value.
+        enters: whether that is whole tokens: from outside the linears, or out of a norm.
         leaves: whether something else reads what is made from its output.
+        exits: whether what it is the last to write into goes back to whole tokens, for something else or for a norm.
+        in_pairs: `enters` and `exits` where linears of odd depth write whole tokens, as in Megatron's pairs.
     """
 
     name: str
     sources: tuple[str, ...]
+    depth: int
     reads: object
+    enters: bool
     leaves: bool
+    exits: bool
+    in_pairs: tuple[bool, bool]
+
+
+class _Layout:
+    """Which values are whole tokens, and which linears write into those that go back to them."""
+
+    def __init__(self) -> None:
+        self.whole: set[fx.Node] = set()
+        self.exiting: set[str] = set()
+
+    def place(self, node: fx.Node, sources: Mapping[fx.Node, tuple[str, ...]], reads_whole: bool) -> None:
+        """Note what an operation makes, and what it does to what it reads."""
+        read = node.all_input_nodes
+        if reads_whole or any(r in self.whole for r in read):
+            self.whole.add(node)
+            self.exiting.update(sources[r][-1] for r in read if r in sources and r not in self.whole)
 
 
 def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
@@ -51,34 +74,50 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
     except Exception:  # user code meets stand-ins here: anything can be raised
         return None
     sources: dict[fx.Node, tuple[str, ...]] = {}
+    depth: dict[str, int] = {}
+    calls: list[tuple[str, fx.Node]] = []
+    leaving: set[str] = set()
+    inside, in_pairs = _Layout(), _Layout()
     for node in graph.nodes:
+        read = node.all_input_nodes
         if node.op == "call_module" and node.target in linears:
-            sources[node] = (node.target,)
-        elif node.all_input_nodes and _by_feature(node, module):
-            made = [sources.get(read, ()) for read in node.all_input_nodes]
-            if all(made):
-                sources[node] = tuple(dict.fromkeys(name for names in made for name in names))
-    calls = [node for node in graph.nodes if node.op == "call_module" and node.target in linears]
-    leaving = {
-        name
-        for node in graph.nodes
-        for read in node.all_input_nodes
-        if node not in sources
-        for name in sources.get(read, ())
-    }
+            name = str(node.target)
+            depth[name] = max((depth[s] + 1 for r in read for s in sources.get(r, ())), default=0)
+            sources[node] = (name,)
+            calls += [(name, r) for r in read[:1]]
+            if depth[name] % 2:
+                in_pairs.whole.add(node)
+            continue
+        if read and all(r in sources for r in read) and _connects(node, module):
+            sources[node] = tuple(dict.fromkeys(name for r in read for name in sources[r]))
+        else:
+            leaving.update(name for r in read for name in sources.get(r, ()))
+        for layout in (inside, in_pairs):
+            layout.place(node, sources, node not in sources or _is_norm(node, module))
     return [
         Flow(
-            str(node.target), sources.get(node.all_input_nodes[0], ()), node.all_input_nodes[0], node.target in leaving
+            name,
+            sources.get(reads, ()),
+            depth[name],
+            reads,
+            reads in inside.whole,
+            name in leaving,
+            name in inside.exiting,
+            (reads in in_pairs.whole, name in in_pairs.exiting),
         )
-        for node in calls
-        if node.all_input_nodes
+        for name, reads in calls
     ]
 
 
-def _by_feature(node: fx.Node, root: nn.Module) -> bool:
+def _is_norm(node: fx.Node, root: nn.Module) -> bool:
+    return node.op == "call_module" and isinstance(root.get_submodule(str(node.target)), _NORMS)
+
+
+def _connects(node: fx.Node, root: nn.Module) -> bool:
+    """Whether linears before and after it are of one FFN: a norm, or an operation that treats every feature alone."""
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
-        return is_elementwise_module(module) or isinstance(module, _NORMS) or _is_activation(module)
+        return is_elementwise_module(module) or _is_norm(node, root) or _is_activation(module)
     name = getattr(node.target, "__name__", str(node.target))
     if node.op == "call_method":
         return name in _METHODS
