@@ -1,4 +1,4 @@
-"""What an operation on activations between ranks is done on: their features, plain tensors, or what has the gradients."""
+"""What an operation on activations between ranks is done on: features, plain tensors, or what has the gradients."""
 
 from __future__ import annotations
 
