@@ -132,7 +132,9 @@ class ShardedActivation(Tensor):
         return activation
 
     def settle(self) -> None:
-        """Give up `local` if a view of the whole has been written to."""
+        """Give up `local` where it does not tell all."""
+        if torch.is_grad_enabled() and self.local is not None and self.requires_grad and not self.local.requires_grad:
+            self._whole, self.local = _AsMade.apply(self), None  # an autograd function has returned it
         for other in self.sharing_memory():
             if other.local is not None and other._whole is not None:
                 if version_of(other._whole) != other._versions[1]:
@@ -212,6 +214,18 @@ class _AsTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return ctx.place.features(grad, 1 / ctx.place.gradient_scale), None, None
+
+
+class _AsMade(torch.autograd.Function):
+    """The plain tensor of an activation that an autograd function has returned, such as a checkpoint's."""
+
+    @staticmethod
+    def forward(ctx: Any, activation: ShardedActivation) -> Tensor:
+        return activation.whole("autograd.Function").clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 def _answer(func: Any, args: Any, kwargs: Any) -> Any:
@@ -405,7 +419,15 @@ def _autograd_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> tupl
     )
 
 
+def _backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+    with torch.enable_grad():  # the way back to tokens is part of the graph, wherever backward is called
+        plain = _plain(tensors, "backward"), *_plain(args, "backward")
+    torch.autograd.backward(*plain, **_plain(kwargs, "backward"))
+
+
 _SPECIAL: dict[Any, Callable[..., Any]] = {
+    torch.autograd.backward: _backward,
+    Tensor.backward: _backward,
     Tensor.grad.__get__: _grad,  # type: ignore[union-attr]
     Tensor.register_hook: _register_hook,
     Tensor.retain_grad: _retain_grad,

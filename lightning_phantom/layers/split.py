@@ -149,6 +149,11 @@ class SplitLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [..., in] to [..., out]."""
+        if input.shape[-1] != self.in_features:
+            raise LayoutError(
+                f"{self.name or type(self).__name__}: the input is {list(input.shape)}, but its last size must be "
+                f"in_features={self.in_features}."
+            )
         if self.ranks.size == 1:
             x, factors = _cast(input, self.factors())
             rows = input.shape[:-1].numel()
@@ -178,11 +183,6 @@ class SplitLinear(nn.Linear):
 
     def _read(self, input: Tensor) -> Last:
         """Bring an input inside, and remember it for the layers that read it next."""
-        if input.shape[-1] != self.in_features:
-            raise LayoutError(
-                f"{self.name or type(self).__name__}: the input is {list(input.shape)}, but its last size must be "
-                f"in_features={self.in_features}."
-            )
         if isinstance(input, ShardedActivation) and input.place.ranks.process_group is self.ranks.process_group:
             assert input.local is not None
             x, rows, inside = input.local, input.place.rows, True
