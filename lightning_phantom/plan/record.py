@@ -88,7 +88,6 @@ class Plan:
                 shares_input=n > 0,
                 phantom_width=by_name[name].phantom_width,
                 depth=group.depth,
-                in_pairs=group.in_pairs,
             )
             for ffn in self.ffns
             for group in ffn.groups
@@ -133,7 +132,7 @@ class Plan:
         return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
 
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=\.)\d+\b|\b\d+(?=\.)")  # as part of a name
 
 
 def _numberless(text: str) -> str:
