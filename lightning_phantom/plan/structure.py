@@ -73,14 +73,14 @@ def find_ffns(root: nn.Module, available: Collection[str]) -> list[FFN]:
 def elsewhere(root: nn.Module) -> dict[str, str]:
     """The linears that have another part to play, as a module's name or a model's own method says, and which."""
     attentions = _attentions(root)
-    innermost = attentions - {owner for name in attentions for owner in _owners(name)}
+    innermost = attentions.keys() - {owner for name in attentions for owner in _owners(name)}
     heads = {id(head) for model in root.modules() if (head := _output_embeddings(model)) is not None}
     found = {}
     for name, module in _linears(root).items():
         if id(module) in heads:
             found[name] = "the model's head: its output embedding"
         elif owner := next((o for o in _owners(name) if o in innermost), None):
-            found[name] = f"part of the attention {owner!r}"
+            found[name] = f"part of the attention ({attentions[owner]})"
     return found
 
 
@@ -90,7 +90,7 @@ def unpaired(root: nn.Module, names: Iterable[str]) -> dict[str, str]:
     found = {}
     for name in names:
         if owner := next((o for o in _owners(name) if o in attentions), None):
-            found[name] = f"part of the attention {owner!r}"
+            found[name] = f"part of the attention ({attentions[owner]})"
         elif name in fused:
             found[name] = "gate and up are one linear here, whose halves are read apart"
         else:
@@ -98,14 +98,14 @@ def unpaired(root: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _attentions(root: nn.Module) -> set[str]:
-    """The modules that call themselves attention. One may hold another, and an FFN beside that."""
-    found = set()
+def _attentions(root: nn.Module) -> dict[str, str]:
+    """The modules that call themselves attention, and how. One may hold another, and an FFN beside that."""
+    found: dict[str, str] = {}
     for name, module in root.named_modules():
-        names = name.rpartition(".")[2], type(module).__name__.rstrip("0123456789")
         if name and not isinstance(module, nn.ModuleList | nn.ModuleDict):
-            if any(each.lower().endswith(("attn", "attention")) for each in names):
-                found.add(name)
+            for called in (type(module).__name__, name.rpartition(".")[2]):
+                if called.rstrip("0123456789").lower().endswith(("attn", "attention")):
+                    found.setdefault(name, called)
     return found
 
 

@@ -353,7 +353,8 @@ FFN_SIZES = {"a": (16, 32), "b": (32, 16)}
 def test_attention_is_told_by_its_name_or_its_class(name, kind, is_attention):
     module = named(name, kind(**FFN_SIZES))
     assert bool(plan_of(module).swapped) is not is_attention
-    assert set(reasons(module).values()) == {f"part of the attention {name!r}" if is_attention else IN_ONE_BLOCK}
+    called = kind.__name__ if kind is not Untraceable else name
+    assert set(reasons(module).values()) == {f"part of the attention ({called})" if is_attention else IN_ONE_BLOCK}
 
 
 def test_what_holds_attention_may_hold_a_network_beside_it():
@@ -362,10 +363,10 @@ def test_what_holds_attention_may_hold_a_network_beside_it():
     block.attention.out = named("dense", nn.Linear(16, 16))
     module = named("cross_attn", block)
     assert groups_of(module) == [[("cross_attn.a",), ("cross_attn.b",)]]
-    assert reasons(module)["cross_attn.attention.q"] == "part of the attention 'cross_attn.attention'"
+    assert reasons(module)["cross_attn.attention.q"] == "part of the attention (attention)"
     bert = named("attention", Untraceable(dense=(16, 16)))
     bert.attention.self = BottleneckAttention(q=(16, 16))
-    assert reasons(bert)["attention.dense"] == "part of the attention 'attention'"
+    assert reasons(bert)["attention.dense"] == "part of the attention (attention)"
     lists = named("attentions", nn.ModuleList([Untraceable(**FFN_SIZES)]))
     assert groups_of(lists) == [[("attentions.0.a",), ("attentions.0.b",)]]
 

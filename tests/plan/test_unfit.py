@@ -135,6 +135,7 @@ UNFIT = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
 @pytest.mark.parametrize("case", UNFIT)
 def test_what_cannot_be_swapped_stays_dense_with_a_reason_and_is_refused_when_named(case):
     build, name, reason = UNFIT[case]
