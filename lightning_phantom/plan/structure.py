@@ -210,7 +210,7 @@ def _connected(flows: list[Flow], wanted: set[str]) -> Iterator[tuple[Group, ...
                         depth[group[0].name],
                         enters=group[0].normed or not set(group[0].sources) & part,
                         leaves=leaves,
-                        exits=leaves or any(flow.to_norm for flow in group),
+                        exits=any(flow.exits or flow.name in read_outside for flow in group),
                     )
                 )
             yield tuple(joined)

@@ -32,7 +32,7 @@ class Flow(NamedTuple):
         reads: what it reads; equal for those that read the same value.
         leaves: whether something else reads what is made from its output.
         normed: whether a norm has made what it reads, which is whole tokens then.
-        to_norm: whether a norm reads what is made from its output.
+        exits: whether what it is the last to write into goes back to whole tokens, for a norm or for something else.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Flow(NamedTuple):
     reads: object
     leaves: bool
     normed: bool
-    to_norm: bool
+    exits: bool
 
 
 def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
@@ -56,7 +56,7 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
     sources: dict[fx.Node, tuple[str, ...]] = {}
     answers: set[fx.Node] = set()  # shapes, types and numbers that come of them
     normed: set[fx.Node] = set()
-    to_norm: set[str] = set()
+    exiting: set[str] = set()
     for node in graph.nodes:
         reads = [read for read in node.all_input_nodes if read not in answers]
         if node.all_input_nodes and (not reads or _asks(node)):
@@ -67,10 +67,10 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
             made = [sources.get(read, ()) for read in reads]
             if made and all(made):
                 sources[node] = tuple(dict.fromkeys(name for names in made for name in names))
-                if _is_norm(node, module):
-                    to_norm.update(sources[node])
                 if _is_norm(node, module) or normed & set(reads):
                     normed.add(node)
+        if reads and (node not in sources or node in normed):
+            exiting.update(sources[read][-1] for read in reads if read in sources and read not in normed)
     leaving = {
         name
         for node in graph.nodes
@@ -83,7 +83,7 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
         if node.op == "call_module" and node.target in linears and node.all_input_nodes:
             read = node.all_input_nodes[0]
             name = str(node.target)
-            flows.append(Flow(name, sources.get(read, ()), read, name in leaving, read in normed, name in to_norm))
+            flows.append(Flow(name, sources.get(read, ()), read, name in leaving, read in normed, name in exiting))
     return flows
 
 
