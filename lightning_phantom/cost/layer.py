@@ -22,7 +22,8 @@ class Layer:
         shares_input: whether it rides on the collectives of a sibling before it that reads the same value.
         phantom_width: k of this layer alone; None takes the one given to `estimate_cost`.
         depth: how many linears lie before it in its FFN: in Megatron's pairs even ones are cut by column, odd ones by
-            row. None: one more than the layer before it in the list, or 0 where it enters.
+            row. None: one more than the layer before it in the list, or 0 where it enters. Where linears of both
+            write into one value (a residual inside), Megatron's pairs send more than is counted.
     """
 
     in_features: int
