@@ -19,7 +19,7 @@ from background import program
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
 from ranks import run_ranks
 from torch import nn
-from training import EMAWeightAveraging, Attentive, Net, data, loader, needs_ema, own, quiet, trainer, weights
+from training import Attentive, EMAWeightAveraging, Net, data, loader, needs_ema, own, quiet, trainer, weights
 
 from lightning_phantom import PhantomLinear, PhantomStrategy
 from lightning_phantom.distributed.gradients import clip_grad_norm_
