@@ -94,9 +94,7 @@ class Agreement:
 
     @property
     def _talk(self) -> dist.ProcessGroup:
-        """Where to ask: the group itself on gloo, else one of the same ranks on gloo: questions wait for no device."""
-        if dist.get_backend(self._group) == "gloo":
-            return self._group
+        """Where to ask: a group of the same ranks on gloo, in which a question meets no exchange, and no device."""
         if self._own_talk is None:
             ranks = dist.get_process_group_ranks(self._group)
             self._own_talk = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)

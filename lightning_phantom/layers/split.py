@@ -149,6 +149,11 @@ class SplitLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [..., in] to [..., out]."""
+        if input.shape[-1] != self.in_features:
+            raise LayoutError(
+                f"{self.name or type(self).__name__}: the input is {list(input.shape)}, but its last size must be "
+                f"in_features={self.in_features}."
+            )
         if self.ranks.size == 1:
             x, factors = _cast(input, self.factors())
             rows = input.shape[:-1].numel()
@@ -178,11 +183,6 @@ class SplitLinear(nn.Linear):
 
     def _read(self, input: Tensor) -> Last:
         """Bring an input inside, and remember it for the layers that read it next."""
-        if input.shape[-1] != self.in_features:
-            raise LayoutError(
-                f"{self.name or type(self).__name__}: the input is {list(input.shape)}, but its last size must be "
-                f"in_features={self.in_features}."
-            )
         if isinstance(input, ShardedActivation) and input.place.ranks.process_group is self.ranks.process_group:
             assert input.local is not None
             x, rows, inside = input.local, input.place.rows, True
@@ -198,8 +198,8 @@ class SplitLinear(nn.Linear):
         self.ranks.agreement.last = last
         return last
 
-    def _versions(self) -> tuple[int | None, ...]:
-        return tuple(version_of(t) for t in self.factors() if t is not None)
+    def _versions(self) -> tuple[object, ...]:
+        return tuple((version_of(t), t.requires_grad) for t in self.factors() if t is not None)
 
     def _forget(self, reference: weakref.ref[Tensor]) -> None:
         last = self.ranks.agreement.last
@@ -269,7 +269,7 @@ class Last:
     x: Tensor
     rows: Rows
     inside: bool
-    outputs: dict[SplitLinear, tuple[Tensor, tuple[int | None, ...]]] = field(default_factory=dict)
+    outputs: dict[SplitLinear, tuple[Tensor, tuple[object, ...]]] = field(default_factory=dict)
 
     def is_of(self, input: Tensor) -> bool:
         """Whether `input` is the one that was read, unchanged, and would be read alike now."""

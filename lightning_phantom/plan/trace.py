@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from lightning_phantom.layers.dense import is_linear
-from lightning_phantom.layers.elementwise import TABLE, is_elementwise_module
+from lightning_phantom.layers.elementwise import ANSWERS, TABLE, is_elementwise_module
 
 _METHODS = frozenset(TABLE.values())
-_OPERATORS = frozenset("add sub mul truediv pow neg abs floordiv mod pos".split())
 _NORMS = tuple(
     getattr(nn, name)
     for name in "LayerNorm RMSNorm GroupNorm BatchNorm1d BatchNorm2d SyncBatchNorm PReLU GLU".split()
@@ -32,12 +31,16 @@ class Flow(NamedTuple):
         sources: the linears whose outputs its input is made from, by elementwise operations and norms alone.
         reads: what it reads; equal for those that read the same value.
         leaves: whether something else reads what is made from its output.
+        normed: whether a norm has made what it reads, which is whole tokens then.
+        exits: whether what it is the last to write into goes back to whole tokens, for a norm or for something else.
     """
 
     name: str
     sources: tuple[str, ...]
     reads: object
     leaves: bool
+    normed: bool
+    exits: bool
 
 
 def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
@@ -51,45 +54,70 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
     except Exception:  # user code meets stand-ins here: anything can be raised
         return None
     sources: dict[fx.Node, tuple[str, ...]] = {}
+    answers: set[fx.Node] = set()  # shapes, types and numbers that come of them
+    normed: set[fx.Node] = set()
+    exiting: set[str] = set()
     for node in graph.nodes:
-        if node.op == "call_module" and node.target in linears:
+        reads = [read for read in node.all_input_nodes if read not in answers]
+        if node.all_input_nodes and (not reads or _asks(node)):
+            answers.add(node)
+        elif node.op == "call_module" and node.target in linears:
             sources[node] = (node.target,)
-        elif node.all_input_nodes and _by_feature(node, module):
-            made = [sources.get(read, ()) for read in node.all_input_nodes]
-            if all(made):
+        elif _by_feature(node, module):
+            made = [sources.get(read, ()) for read in reads]
+            if made and all(made):
                 sources[node] = tuple(dict.fromkeys(name for names in made for name in names))
-    calls = [node for node in graph.nodes if node.op == "call_module" and node.target in linears]
+                if _is_norm(node, module) or normed & set(reads):
+                    normed.add(node)
+        if reads and (node not in sources or node in normed):
+            exiting.update(sources[read][-1] for read in reads if read in sources and read not in normed)
     leaving = {
         name
         for node in graph.nodes
         for read in node.all_input_nodes
-        if node not in sources
+        if node not in sources and node not in answers
         for name in sources.get(read, ())
     }
-    return [
-        Flow(
-            str(node.target), sources.get(node.all_input_nodes[0], ()), node.all_input_nodes[0], node.target in leaving
-        )
-        for node in calls
-        if node.all_input_nodes
-    ]
+    flows = []
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target in linears and node.all_input_nodes:
+            read = node.all_input_nodes[0]
+            name = str(node.target)
+            flows.append(Flow(name, sources.get(read, ()), read, name in leaving, read in normed, name in exiting))
+    return flows
+
+
+def _asks(node: fx.Node) -> bool:
+    """Whether a node reads nothing of a value but its shape, type or place."""
+    name = node.args[1] if node.target is getattr else node.target if node.op == "call_method" else ""
+    question = getattr(Tensor, str(name), None)
+    return question in ANSWERS or getattr(question, "__get__", None) in ANSWERS
 
 
 def _by_feature(node: fx.Node, root: nn.Module) -> bool:
     if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
-        return is_elementwise_module(module) or isinstance(module, _NORMS) or _is_activation(module)
+        return _is_by_feature(root.get_submodule(str(node.target)))
     name = getattr(node.target, "__name__", str(node.target))
     if node.op == "call_method":
         return name in _METHODS
-    return node.op == "call_function" and (node.target in TABLE or name in _OPERATORS)
+    is_operator = getattr(node.target, "__module__", "") == "_operator" and f"__{name}__" in _METHODS
+    return node.op == "call_function" and (node.target in TABLE or is_operator)
 
 
-def _is_activation(module: nn.Module) -> bool:
-    """Whether it is an activation function, by its name: it holds nothing."""
-    return type(module).__name__.lower().endswith(("activation", "gelu", "relu", "silu")) and not list(
-        module.parameters()
-    )
+def _is_norm(node: fx.Node, root: nn.Module) -> bool:
+    return node.op == "call_module" and isinstance(root.get_submodule(str(node.target)), _NORMS)
+
+
+def _is_by_feature(module: nn.Module) -> bool:
+    """Whether it is an activation function, by its type or its name, a norm, or a sequence of such."""
+    if type(module) is nn.Sequential:
+        return all(map(_is_by_feature, module))
+    names_itself = type(module).__name__.lower().endswith(("activation", "gelu", "relu", "silu"))
+    return is_elementwise_module(module) or isinstance(module, _NORMS) or (names_itself and not _holds_weights(module))
+
+
+def _holds_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 class _Tracer(fx.Tracer):
