@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from ranks import run_ranks
 from torch.utils.data import DataLoader, RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
-from training import EMAWeightAveraging, Net, data, needs_ema, trainer
+from training import EMAWeightAveraging, Net, data, needs_ema, own, trainer
 
 from lightning_phantom import PhantomStrategy
 from lightning_phantom.checkpoints.rng import rng_states, set_rng_states
@@ -34,8 +34,8 @@ def whole_weights(module):
 class Scheduled(Net):
     """Adam with momentum to lose, a schedule to forget, dropout to fall differently, batches to remember."""
 
-    def __init__(self):
-        super().__init__(dropout=0.3)
+    def __init__(self, dropout=0.3):
+        super().__init__(dropout)
         self.batches = []
 
     def training_step(self, batch, batch_idx):
@@ -68,6 +68,7 @@ def dataset(dtype):
 
 LOADERS = {
     "shuffled": lambda d: DataLoader(d, batch_size=8, shuffle=True),
+    "shared out": lambda d: DataLoader(d, batch_size=own(8)),
     "own sampler": lambda d: DataLoader(d, batch_size=8, sampler=RandomSampler(d)),
     "workers": lambda d: DataLoader(d, batch_size=8, shuffle=True, num_workers=1),
     "stateful": lambda d: StatefulDataLoader(d, batch_size=8, shuffle=True),
@@ -80,17 +81,17 @@ def shared_folder():
     return folder[0]
 
 
-def run(folder, strategy, loader, callbacks=(), ckpt_path=None, precision="32-true", epochs=3, seed=11):
-    """Train three epochs of four steps; return the module with what it saw, and the generators at the end."""
+def run(folder, strategy, loader, callbacks=(), ckpt_path=None, precision="32-true", epochs=3, seed=11, dropout=0.3):
+    """Train on 32 rows an epoch; return the module with what it saw, and the generators at the end."""
     L.seed_everything(seed, verbose=False)
-    module = Scheduled()
+    module = Scheduled(dropout)
     t = trainer(
         folder,
         strategy=PhantomStrategy(num_blocks=4, **strategy),
         precision=precision,
         max_epochs=epochs,
         callbacks=list(callbacks),
-        use_distributed_sampler=loader in ("shuffled", "workers"),
+        use_distributed_sampler=loader in ("shuffled", "shared out", "workers"),
     )
     dtype = torch.float64 if precision == "64-true" else torch.float32
     t.fit(module, LOADERS[loader](dataset(dtype)), ckpt_path=ckpt_path)
@@ -144,29 +145,37 @@ def test_resume_is_bit_for_bit(size):
             assert all(equal.values()), (case, equal)
 
 
-def _write(folder, precision):
-    """Save at step 4 in both formats; return the losses of the uninterrupted run."""
-    losses = {}
-    for kind in FORMATS:
-        path = f"{folder}/{kind}-{precision}.ckpt"
-        losses[kind] = run(
-            folder, {"state_dict_type": kind}, "shuffled", [SaveAt(4, path)], precision=precision, epochs=4
-        )
-    return {kind: result["losses"][4:] for kind, result in losses.items()}
+PRECISIONS = ("32-true", "64-true")
+
+
+def shared_out(folder, strategy, precision, **kwargs):
+    """The losses of all ranks' batches together, of a run that is the same on any ranks: as many rows, no dropout."""
+    result = run(folder, strategy, "shared out", precision=precision, epochs=4, dropout=0.0, **kwargs)
+    losses = torch.tensor(result["losses"], dtype=torch.float64)
+    dist.all_reduce(losses)
+    return losses / dist.get_world_size()
 
 
 def _write_both(folder):
-    return {precision: _write(folder, precision) for precision in ("32-true", "64-true")}
-
-
-def _resume_both(folder, strategy):
+    """Save at step 4 in both formats; return the losses that follow."""
     return {
-        (precision, kind): run(
-            folder, strategy, "shuffled", ckpt_path=f"{folder}/{kind}-{precision}.ckpt", precision=precision, epochs=4
-        )["losses"]
-        for precision in ("32-true", "64-true")
+        (precision, kind): shared_out(
+            folder, {"state_dict_type": kind}, precision, callbacks=[SaveAt(4, f"{folder}/{kind}-{precision}.ckpt")]
+        )[4:]
+        for precision in PRECISIONS
         for kind in FORMATS
     }
+
+
+def _resume_both(folder, *sizes):
+    return [
+        {
+            (precision, kind): shared_out(folder, size, precision, ckpt_path=f"{folder}/{kind}-{precision}.ckpt")
+            for precision in PRECISIONS
+            for kind in FORMATS
+        }
+        for size in sizes
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -176,35 +185,34 @@ def written(tmp_path_factory):
     return folder, run_ranks(2, _write_both, str(folder))[0]
 
 
-def test_resume_on_other_ranks(written):
+def test_resume_on_other_ranks_and_in_more_groups(written):
     folder, expected = written
-    for size in (1, 4):
-        for losses in run_ranks(size, _resume_both, str(folder), {}):
+    for ranks, sizes in ((1, [{}]), (4, [{}, {"phantom_parallel_size": 2}])):
+        for losses in run_ranks(ranks, _resume_both, str(folder), *sizes)[0]:
             for (precision, kind), got in losses.items():
-                want = torch.tensor(expected[precision][kind], dtype=torch.float64)
-                error = ((torch.tensor(got, dtype=torch.float64) - want) / want).abs()
-                limit = (1e-9, 1e-9) if precision == "64-true" else (1e-6, 1e-4)
+                want = expected[precision, kind]
                 assert len(want) == 12
-                assert error[0] < limit[0] and error.max() < limit[1], (size, precision, kind, error)
+                error = ((got - want) / want).abs()
+                limit = (1e-9, 1e-9) if precision == "64-true" else (1e-6, 1e-4)
+                assert error[0] < limit[0] and error.max() < limit[1], (ranks, precision, kind, error)
 
 
-def _replicas(folder):
-    """Resume a checkpoint of one replica on two: other batches, but the same weights to begin with."""
+def _groups(folder):
+    """Load on two groups of two."""
     seen = {}
     for kind in FORMATS:
         module = Scheduled()
-        t = trainer(folder, strategy=PhantomStrategy(num_blocks=4, data_parallel_size=2), max_epochs=1)
+        t = trainer(folder, strategy=PhantomStrategy(num_blocks=4, phantom_parallel_size=2))
         t.validate(module, DataLoader(dataset(torch.float32), batch_size=8), ckpt_path=f"{folder}/{kind}-32-true.ckpt")
         seen[kind] = whole_weights(module)
-        run(folder, {"data_parallel_size": 2}, "shuffled", ckpt_path=f"{folder}/{kind}-32-true.ckpt", epochs=2)
     return seen
 
 
-def test_resume_on_more_replicas(written):
+def test_more_groups_load_the_same_weights(written):
     folder, _ = written
     factors = torch.load(folder / "full-32-true.ckpt", weights_only=True)["phantom"]["factors"]
     (entry,) = [entry["tensors"] for entry in factors if entry["path"] == ["state_dict"]]
-    for result in run_ranks(4, _replicas, str(folder)):
+    for result in run_ranks(4, _groups, str(folder)):
         for kind in FORMATS:
             assert all(torch.equal(result[kind][name], tensor) for name, tensor in entry.items())
 
