@@ -23,6 +23,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
 from lightning_phantom.cost.count import ELEMENT_BYTES, Group
 from lightning_phantom.cost.layer import Layer
 from lightning_phantom.cost.predict import Machine, Work, exact_stages, phantom_stages
+from lightning_phantom.distributed.comm import barrier
 from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers.phantom import PhantomLinear
@@ -136,8 +137,7 @@ def median_seconds(
     """Median time of `step`, which every rank of the group begins together."""
     seconds = []
     for _ in range(2 + repeats):
-        if group is not None and dist.get_world_size(group) > 1:
-            dist.barrier(group)
+        barrier(group)
         synchronize(on)
         start = time.perf_counter()
         step()
