@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from lightning_phantom import PhantomConfig, swap
 from lightning_phantom.checkpoints.full import make_full
 from lightning_phantom.config import TensorParallelConfig
-from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.distributed.gradients import clip_grad_norm_
+from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.distributed.replicas import _gather
 from lightning_phantom.layers.split import sharded_parameters, split_layers
 from lightning_phantom.plan.finder import plan_phantom, plan_tensor_parallel
