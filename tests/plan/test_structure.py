@@ -2,6 +2,7 @@
 
 import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -210,17 +211,25 @@ def test_a_trace_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), state) and random.getstate() == python_state
 
 
+class Unpacks(Block):
+    """Where a forward unpacks a value, torch.fx leaves a cycle that holds the locals of all its callers."""
+
+    def forward(self, x):
+        x, rest = x.chunk(2, -1)
+        return self.fc2(torch.relu(self.fc1(torch.cat([x, rest], -1))))
+
+
 @pytest.mark.parametrize("collecting", [True, False])
-def test_the_collector_stays_as_it_was(collecting):
-    class Unpacks(Block):
-        def forward(self, x):
-            x, rest = x.chunk(2, -1)
-            return self.fc2(torch.relu(self.fc1(torch.cat([x, rest], -1))))
+def test_a_trace_keeps_nothing_of_its_callers_alive_and_the_collector_is_as_it_was(collecting):
+    def caller():
+        mine = Block()
+        assert groups_of(Unpacks()) == [[("fc1",), ("fc2",)]]
+        return weakref.ref(mine)
 
     (gc.enable if collecting else gc.disable)()
     try:
-        assert groups_of(Unpacks()) == [[("fc1",), ("fc2",)]]
-        assert gc.isenabled() is collecting
+        mine = caller()
+        assert gc.isenabled() is collecting and mine() is None
     finally:
         gc.enable()
 

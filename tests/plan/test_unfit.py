@@ -83,6 +83,11 @@ class Scaled(nn.Linear):
         return self.scale * super().forward(x)
 
 
+class Routed(nn.Linear):
+    def forward(self, x):
+        return super().forward(x[:, self.columns])
+
+
 def scaled():
     linear = Scaled(16, 32)
     linear.scale = 2.0
@@ -131,6 +136,7 @@ UNFIT = {
     "weight norm": (lambda: changed(parametrizations.weight_norm), "0", "it is parametrised"),
     "pruned": (lambda: changed(lambda m: prune.l1_unstructured(m, "weight", 0.5)), "0", "pruned"),
     "other forward": (lambda: first(Doubled(16, 32)), "0", "Doubled computes something else than nn.Linear"),
+    "forward that fails": (lambda: first(Routed(16, 32)), "0", "Routed computes something else than nn.Linear"),
     "scaled": (scaled, "0", "Scaled computes something else than nn.Linear"),
 }
 
