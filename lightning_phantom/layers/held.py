@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -192,7 +192,7 @@ _OURS = (os.path.dirname(os.path.dirname(__file__)), os.path.dirname(torch.__fil
 
 
 def _line_of_user() -> str:
-    frame: Any = sys._getframe(1)
+    frame = inspect.currentframe()
     while frame is not None and frame.f_code.co_filename.startswith(_OURS):
         frame = frame.f_back
     return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
@@ -200,7 +200,7 @@ def _line_of_user() -> str:
 
 def in_autograd_function() -> bool:
     """Whether an autograd function's forward is at work, which reads past `__torch_function__`."""
-    frame: Any = sys._getframe(1)
+    frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code is torch.autograd.Function.apply.__func__.__code__:  # type: ignore[attr-defined]
             return True

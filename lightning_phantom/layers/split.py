@@ -5,6 +5,7 @@ What trains, clips, compares and saves a model asks nothing else of a layer than
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -156,7 +157,7 @@ class SplitLinear(nn.Linear):
             )
         if self.ranks.size == 1:
             x, factors = _cast(input, self.factors())
-            rows = input.shape[:-1].numel()
+            rows = math.prod(input.shape[:-1])  # `numel` would fix a batch of any size to that of a trace
             return self.alone(x.reshape(rows, input.shape[-1]), factors).reshape(*input.shape[:-1], self.out_features)
         # Collectives do not compile; what one process holds does.
         return self._uncompiled(input) if torch.compiler.is_compiling() else self._among_ranks(input)

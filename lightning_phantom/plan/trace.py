@@ -69,7 +69,7 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
                 sources[node] = tuple(dict.fromkeys(name for names in made for name in names))
                 if _is_norm(node, module) or normed & set(reads):
                     normed.add(node)
-        if reads and (node not in sources or node in normed):
+        if node not in answers and (node not in sources or node in normed):
             exiting.update(sources[read][-1] for read in reads if read in sources and read not in normed)
     leaving = {
         name
