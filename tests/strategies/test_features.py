@@ -283,7 +283,7 @@ def two_facts():
                 "logged": {k: v.item() for k, v in t.callback_metrics.items() if k != "train_loss"},
                 "sampler": t.distributed_sampler_kwargs,
                 "size": (t.world_size, t.global_rank, t.local_rank, module.global_rank),
-                "throughput": [row[name] for row in rows for name in row if name in ("train|samples", "train|batches")],
+                "throughput": [row[name] for row in rows for name in row if name.endswith(("samples", "batches"))],
                 "warnings": [str(w.message) for w in caught if "Throughput" in str(w.message)],
             }
         )
@@ -297,7 +297,6 @@ def test_what_a_rank_sees_of_the_others_is_as_under_ddp(two):
         assert len(ddp["module"]) == 9 and ddp["logged"]["seen"] == 24 and any(ddp["throughput"])
         for key, value in ddp.items():
             assert phantoms[key] == groups_of_one[key] == value, key
-        assert not ddp["warnings"]
 
 
 class Gathers(Net):
@@ -1204,7 +1203,7 @@ class FeedForward(nn.Module):
         self.up, self.drop, self.down = nn.Linear(16, 32), nn.Dropout(0.2), nn.Linear(32, 16)
 
     def forward(self, x):
-        return self.down(self.drop(nn.functional.gelu(self.up(x)) * 2))
+        return self.down(self.drop(nn.functional.gelu(self.up(torch.tanh(x))) * 2))
 
 
 class Uncompiled(Net):
@@ -1251,7 +1250,7 @@ def two_compile():
 
 
 def test_compiled_submodules(two):
-    between = {"<built-in function gelu>", "<built-in function mul>"}
+    before, after = "<built-in method tanh of type object at", {"<built-in function gelu>", "<built-in function mul>"}
     for ranks, seen in (1, two_compile()), *((2, seen) for seen in two(two_compile)):
         for name, key in (("Compiled", "net._orig_mod.down.bias"), ("CompiledInPlace", "net.down.bias")):
             expected = seen["expected"]
@@ -1259,10 +1258,11 @@ def test_compiled_submodules(two):
             assert losses == pytest.approx(expected[:6], rel=1e-4)
             assert resumed == pytest.approx(expected[6:], rel=1e-4)
             assert dense and layers == 2 and first == key
-            # What lies between the phantom layers, and on one rank they too; never the dropout.
-            products = {operation for operation in operations if "bmm" in operation}
-            assert bool(products) == (ranks == 1) and not any("bernoulli" in operation for operation in operations)
-            assert operations == between if ranks > 1 else operations > between
+            # On several ranks what lies around the FFN; on one all but the dropout.
+            assert any(operation.startswith(before) for operation in operations)
+            assert len(operations) == 1 if ranks > 1 else operations > after
+            assert any("bmm" in operation for operation in operations) == (ranks == 1)
+            assert not any("bernoulli" in operation for operation in operations)
 
 
 class Silent(Net):
