@@ -34,6 +34,7 @@ class ShardedActivation(Held):
     """A layer's output in feature layout; see the module's docstring. `wrap` makes one."""
 
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Do `func` where the features lie if it treats each alone, else on plain tensors."""
         kwargs = kwargs or {}

@@ -1,8 +1,8 @@
 """Finds feed-forward networks (FFNs): which linears belong to one, in which order, and which read the same value.
 
 It proves nothing and need not: a layer computes the same wherever it stands, and what is guessed wrong costs an
-exchange (`layers.activation`). Three ways to know, the first that knows counts: a model's own tensor parallel plan, a
-trace of a module's forward, and how linears are registered.
+exchange (`layers.activation`). Four ways to know, the first that knows counts: a model's own tensor parallel plan, a
+trace of a module's forward, torch's transformer layers, and how linears are registered.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def find_ffns(root: nn.Module, available: Collection[str]) -> list[FFN]:
     """The FFNs among the linears `available`, in the order of their first linear."""
     found: list[FFN] = []
     left = dict.fromkeys(available)
-    for find in (_declared, _traced, _registered):
+    for find in (_declared, _traced, _torchs, _registered):
         for ffn in find(root, left):
             if all(name in left for name in ffn.names):
                 found.append(ffn)
@@ -214,6 +214,16 @@ def _connected(flows: list[Flow], wanted: set[str]) -> Iterator[tuple[Group, ...
                     )
                 )
             yield tuple(joined)
+
+
+# Torch's transformer layers: no trace goes through an encoder's
+
+
+def _torchs(root: nn.Module, left: Mapping[str, Any]) -> Iterator[FFN]:
+    """The FFNs of torch's transformer layers, of any sizes."""
+    for name, module in root.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            yield _pair((join(name, "linear1"),), join(name, "linear2"), "the two linears of torch's transformer layer")
 
 
 # How linears are registered
