@@ -176,6 +176,7 @@ class ShardedActivation(Tensor):
         return whole
 
     @classmethod
+    @torch.compiler.disable  # in what a compiled function calls, each frame from here on would be compiled by itself
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Do `func` where the features lie if it treats each alone, else on plain tensors."""
         kwargs = kwargs or {}
@@ -191,6 +192,7 @@ class ShardedActivation(Tensor):
             return _by_token(func, args, kwargs)
 
     @classmethod
+    @torch.compiler.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Give plain values to what has passed by `__torch_function__`; autograd sees the activation itself."""
         if func._schema.is_mutable:
