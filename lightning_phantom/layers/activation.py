@@ -34,7 +34,11 @@ class ShardedActivation(Held):
     """A layer's output in feature layout; see the module's docstring. `wrap` makes one."""
 
     @classmethod
+<<<<<<< HEAD
     @torch.compiler.disable
+=======
+    @torch.compiler.disable  # in what a compiled function calls, each frame from here on would be compiled by itself
+>>>>>>> rest
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Do `func` where the features lie if it treats each alone, else on plain tensors."""
         kwargs = kwargs or {}
@@ -50,6 +54,7 @@ class ShardedActivation(Held):
             return by_token(func, args, kwargs)
 
     @classmethod
+    @torch.compiler.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Give plain values to what has passed by `__torch_function__`; autograd sees the activation itself."""
         if func._schema.is_mutable:
