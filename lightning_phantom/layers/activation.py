@@ -34,11 +34,7 @@ class ShardedActivation(Held):
     """A layer's output in feature layout; see the module's docstring. `wrap` makes one."""
 
     @classmethod
-<<<<<<< HEAD
-    @torch.compiler.disable
-=======
     @torch.compiler.disable  # in what a compiled function calls, each frame from here on would be compiled by itself
->>>>>>> rest
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Do `func` where the features lie if it treats each alone, else on plain tensors."""
         kwargs = kwargs or {}
