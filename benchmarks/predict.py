@@ -18,13 +18,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lightning_phantom.config import resolve_phantom_width
-from lightning_phantom.cost.count import Layer
+from lightning_phantom.cost.layer import Layer
 from lightning_phantom.cost.predict import METHODS, predict
-from lightning_phantom.distributed.comm import Ranks
+from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.measure.machine import measure
 from lightning_phantom.measure.simulate import make_share, make_step
 
-# Ranks, features, depth, blocks, phantom width, tokens.
+# Ranks, features, depth, blocks, phantom width, tokens of all ranks together.
 CONFIGURATIONS = (
     *((1, 768, 4, 4, 24, 192), (1, 1280, 3, 8, 16, 320), (1, 1536, 2, 2, 96, 512), (1, 2560, 2, 16, 16, 96)),
     *((2, 768, 4, 2, 48, 384), (2, 1280, 3, 4, 32, 192), (2, 1536, 4, 8, 24, 512), (2, 2560, 2, 4, 64, 256)),
@@ -32,18 +32,9 @@ CONFIGURATIONS = (
 
 
 def layers_of(features: int, depth: int, blocks: int, width: int) -> list[Layer]:
-    """A chain as a hidden stretch of a model: its input needs a gradient."""
+    """A feed-forward network as a hidden stretch of a model: its input needs a gradient."""
     k = resolve_phantom_width(width, features, features, blocks)
-    return [
-        Layer(
-            features,
-            features,
-            input_layout="replicated" if n == 0 else "sharded",
-            output_layout="replicated" if n == depth - 1 else "sharded",
-            phantom_width=k,
-        )
-        for n in range(depth)
-    ]
+    return [Layer(features, features, enters=n == 0, leaves=n == depth - 1, phantom_width=k) for n in range(depth)]
 
 
 def rank_main(rank: int, size: int, store: str, rounds: int, queue: mp.SimpleQueue) -> None:
@@ -57,7 +48,7 @@ def rank_main(rank: int, size: int, store: str, rounds: int, queue: mp.SimpleQue
         predicted = predict(layers, sizes[2], sizes[3], size, tokens, machine)
         for method in METHODS[1:] if size > 1 else METHODS[1::2]:
             made = make_share(method, layers, sizes[2], ranks, {"device": "meta", "dtype": torch.float32})
-            steps[at, method] = make_step(made, layers, tokens), predicted[method].seconds
+            steps[at, method] = make_step(made, layers, tokens // size), predicted[method].seconds
             seconds[at, method] = []
     for _ in range(1 + rounds):
         for key, (step, _) in steps.items():

@@ -156,9 +156,9 @@ def test_commands_are_accepted(page, tmp_path, monkeypatch, capsys):
 def test_every_file_that_is_named_exists():
     """Benchmarks, examples and tests, as paths or as modules."""
     for page in PAGES:
-        for folder, name in re.findall(r"\b(benchmarks|examples|tests)[./](\w+)", page.read_text()):
-            here = ROOT / folder
-            assert (here / name).is_dir() or list(here.glob(f"{name}.*")), f"{page.name}: {folder}/{name}"
+        for name in re.findall(r"\b(?:benchmarks|examples|tests)[./]\w[\w./]*", page.read_text()):
+            path = ROOT / (name.rstrip("./") if "/" in name else "/".join(name.split(".")[:2]))
+            assert path.exists() or list(path.parent.glob(f"{path.name}.*")), f"{page.name}: {name}"
 
 
 def test_every_yaml_is_valid():

@@ -1,4 +1,4 @@
-"""The command `lightning-phantom plan`: what would be swapped, and what it would cost against tensor parallelism."""
+"""The command `lightning-phantom plan`: what would be swapped, and what it would cost against DDP and TP."""
 
 from __future__ import annotations
 
@@ -8,25 +8,32 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from torch import nn
+from torch.nn.parameter import is_lazy
+
 from lightning_phantom.commands.plan_tables import cost_table, simulation_table, sweep_table, verdict
 from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.commands.terminal import command_parser, output_file, phantom_width, show
 from lightning_phantom.config import PhantomConfig
 from lightning_phantom.cost.count import ELEMENT_BYTES
+from lightning_phantom.cost.data_parallel import NOTHING, Rest
+from lightning_phantom.cost.layer import Layer
 from lightning_phantom.cost.predict import Machine
 from lightning_phantom.cost.scale import Setting
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.measure.machine import measure_here
 from lightning_phantom.measure.simulate import simulate
 from lightning_phantom.plan.finder import plan_phantom
+from lightning_phantom.plan.record import Plan
 from lightning_phantom.swap import nothing_qualifies
 
 DESCRIPTION = """\
-Show what phantom parallelism would do to a model, and what a training step of its feed-forward part would cost on so
-many ranks against tensor parallelism (TP). Makes the module of the config, no data and no Trainer; trains nothing.
+Show what phantom parallelism would do to a model, and what a training step would cost on so many ranks, against DDP of
+the dense model and against tensor parallelism (TP). Makes the module of the config, no data and no Trainer; trains
+nothing.
 
-Weights, FLOPs, bytes and calls are counted, exactly. Times are predicted from this machine's own rates, which are
-measured first (about half a minute) unless --flops, --bandwidth and --latency give those of another."""
+Weights, FLOPs of linears, bytes and calls are counted, exactly. Times are predicted from this machine's own rates,
+which are measured first (about half a minute) unless --flops, --bandwidth and --latency give those of another."""
 EPILOG = """\
 Anything else overrides the config, as for `fit`: --model.width 4096.
 
@@ -38,17 +45,19 @@ Anything else overrides the config, as for `fit`: --model.width 4096.
 
 def main(args: Sequence[str]) -> None:
     """Run the command with these arguments."""
-    options, rest = _parser().parse_known_args(args)
+    options, overrides = _parser().parse_known_args(args)
     _check(options)
     target = output_file("--json", options.json)
-    recipe = Recipe(rest if options.config is None else ["--config", options.config, *rest], "lightning-phantom plan")
+    recipe = Recipe(
+        [*(() if options.config is None else ("--config", options.config)), *overrides], "lightning-phantom plan"
+    )
     config, num_ranks = request(options, recipe)
     plan = plan_phantom(module := recipe.make_module(), config)
     if not plan.swapped:
         raise nothing_qualifies(module, plan)
-    layers = tuple(plan.cost_layers())
+    layers, rest = tuple(plan.cost_layers()), rest_of(module, plan)
     machine, origin = _machine(options, num_ranks)
-    setting = Setting(layers, config.phantom_width, options.tokens, options.dtype, machine)
+    setting = Setting(layers, config.phantom_width, options.tokens, options.dtype, machine, rest)
     here = setting.scale(config.num_blocks, num_ranks)
     same_ranks, one_block = setting.sweep(num_ranks), setting.sweep()
     result: dict[str, Any] = {
@@ -64,10 +73,11 @@ def main(args: Sequence[str]) -> None:
     show(cost_table(here, origin), sweep_table(same_ranks, one_block, here))
     print(verdict(same_ranks, one_block, num_ranks))
     if options.simulate_ranks is not None:
-        blocks = options.num_blocks or options.simulate_ranks
-        wide = setting.scale(blocks, options.simulate_ranks)
+        ranks = options.simulate_ranks
+        blocks, tokens = options.num_blocks or ranks, -(-options.tokens // ranks) * ranks
+        wide = replace(setting, tokens=tokens, rest=NOTHING).scale(blocks, ranks)
         shares = [replace(layer, phantom_width=setting.width(layer, blocks)) for layer in layers]
-        measured = simulate(shares, blocks, wide.num_ranks, options.tokens, options.dtype)
+        measured = simulate(shares, blocks, ranks, tokens, options.dtype)
         show(simulation_table(wide, measured))
         result["simulation"] = wide.as_dict() | {"measured": {m: asdict(one) for m, one in measured.items()}}
     if target is not None:
@@ -91,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=1024,
         metavar="B",
-        help="rows of a step: batch size times sequence length (default: 1024)",
+        help="rows of a step, all ranks together: batch size times sequence length (default: 1024)",
     )
     add("--dtype", choices=list(ELEMENT_BYTES), default="float32", help="type of the activations (default: float32)")
     add("--flops", type=float, metavar="RATE", help="FLOP/s of one rank in large products (default: measured)")
@@ -134,6 +144,13 @@ def request(options: argparse.Namespace, recipe: Recipe) -> tuple[PhantomConfig,
         raise PhantomError(f"--ranks {ranks} does not divide num_blocks={blocks}; give --num-blocks or other --ranks.")
     settings = {name: given[name] for name in ("phantom_width", "plan", "init") if name in given}
     return PhantomConfig(blocks, **settings), ranks
+
+
+def rest_of(module: nn.Module, plan: Plan) -> Rest:
+    """What the module has beside the linears to be swapped."""
+    linears = tuple(Layer(one.in_features, one.out_features, one.bias) for one in plan.layers if not one.swapped)
+    held = sum(p.numel() for p in module.parameters() if not is_lazy(p))
+    return Rest(linears, max(0, held - sum(one.weights_before for one in plan.layers)))
 
 
 def _machine(options: argparse.Namespace, num_ranks: int) -> tuple[Machine, dict[str, str]]:

@@ -16,14 +16,23 @@ def cost_table(here: Scale, origin: dict[str, str]) -> Any:
     from rich.table import Table
 
     title = (
-        f"A step of the linears to be swapped, per rank: {here.num_ranks} ranks, p={here.num_blocks}, "
-        f"{here.tokens:,} tokens, {here.dtype}"
+        f"A step, per rank: {here.num_ranks} ranks, p={here.num_blocks}, {here.tokens:,} tokens together, {here.dtype}"
     )
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for heading in ("weights", "GFLOP", "MB sent", "calls", "predicted ms", "of it waiting", "of the fastest TP"):
+    headings = (
+        "weights",
+        "GFLOP",
+        "MB sent",
+        "calls",
+        "predicted ms",
+        "of it waiting",
+        "of DDP's",
+        "of the fastest TP's",
+    )
+    for heading in headings:
         table.add_column(heading, justify="right")
-    fastest = here.times[here.fastest_tp].seconds
+    dense, fastest = here.times["dense"].seconds, here.times[here.fastest_tp].seconds
     for method in METHODS:
         cost, time = here.costs[method], here.times[method]
         table.add_row(
@@ -34,13 +43,17 @@ def cost_table(here: Scale, origin: dict[str, str]) -> Any:
             str(cost.calls),
             f"{1e3 * time.seconds:.2f}",
             f"{1e3 * time.waited_s:.2f}",
+            f"{time.seconds / dense:.3f}",
             f"{time.seconds / fastest:.3f}",
         )
     how = "measured on this machine" if "measured here" in origin.values() else "given"
     given = [name for name, word in origin.items() if word == "given"]
     if given and "measured here" in origin.values():
         how += f", {', '.join(given)} given"
-    table.caption = f"Predicted from rates {how}. Bytes include the gradient of the chains' inputs."
+    table.caption = (
+        f"Predicted from rates {how}. Of what is no linear the weights and the averaging of their gradients count, not "
+        f"the work. Bytes include the gradients of the FFNs' inputs."
+    )
     table.caption_justify = "left"
     return table
 
@@ -49,7 +62,10 @@ def simulation_table(wide: Scale, measured: Mapping[str, Simulated]) -> Any:
     """What one rank's share took here, beside what is predicted of it."""
     from rich.table import Table
 
-    title = f"One of {wide.num_ranks} ranks, p={wide.num_blocks}: run here, the others left out"
+    title = (
+        f"One of {wide.num_ranks} ranks, p={wide.num_blocks}, {wide.tokens:,} tokens: the linears to be swapped, run "
+        f"here, the others left out"
+    )
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for heading in ("weights", "compute ms", "predicted", "MB of tensors", "MB resident", "MB sent", "predicted"):
@@ -78,7 +94,8 @@ def sweep_table(same_ranks: Sequence[Scale], one_block: Sequence[Scale], here: S
     from rich.table import Table
 
     table = Table(title="Over the number of blocks p: phantom / the fastest TP", title_justify="left")
-    for heading in ("p", "k", "weights", "FLOPs", "bytes on p ranks", f"step on {here.num_ranks} ranks", "on p ranks"):
+    on_ranks = f"step on {here.num_ranks} ranks"
+    for heading in ("p", "k", "weights", "FLOPs", "bytes on p ranks", on_ranks, "/ DDP there", "step on p ranks"):
         table.add_column(heading, justify="right")
     on_same = {row.num_blocks: row for row in same_ranks}
     for row in one_block:
@@ -90,10 +107,15 @@ def sweep_table(same_ranks: Sequence[Scale], one_block: Sequence[Scale], here: S
             _number(row.ratio("weights")),
             _number(row.ratio("flops")),
             _number(row.ratio("sent_bytes")),
-            "-" if same is None else f"{1e3 * same.times['phantom'].seconds:.2f} ms, {same.time_ratio:.3f}",
-            f"{1e3 * row.times['phantom'].seconds:.2f} ms, {row.time_ratio:.3f}",
+            "-" if same is None else _step(same),
+            "-" if same is None else f"{same.time_ratio('dense'):.3f}",
+            _step(row),
         )
     return table
+
+
+def _step(row: Scale) -> str:
+    return f"{1e3 * row.times['phantom'].seconds:.2f} ms, {row.time_ratio(row.fastest_tp):.3f}"
 
 
 def _number(value: float | None) -> str:
@@ -106,8 +128,9 @@ def verdict(same_ranks: Sequence[Scale], one_block: Sequence[Scale], num_ranks: 
     if same_ranks:
         row = best(same_ranks)
         lines.append(
-            f"On {num_ranks} ranks the shortest predicted step is at p={row.num_blocks}: {row.time_ratio:.3f} of the "
-            f"fastest TP's. A phantom layer is a smaller function at every p: compare losses too."
+            f"On {num_ranks} ranks the shortest predicted step is at p={row.num_blocks}: {row.time_ratio('dense'):.3f} "
+            f"of DDP's, {row.time_ratio(row.fastest_tp):.3f} of the fastest TP's. A phantom layer is a smaller "
+            f"function at every p: compare losses too."
         )
     end = stops_paying(one_block)
     if end is None and one_block:

@@ -14,12 +14,12 @@ from lightning_phantom.errors import PhantomError
 WIDTH = 150  # of tables, where the output is no terminal
 # Methods by their names in options and in JSON, and what tables call them.
 LABELS = {
-    "dense": "dense, one rank",
+    "dense": "dense, DDP",
     "tensor_parallel": "TP, Megatron's pairs",
     "tensor_parallel_layerwise": "TP, layer by layer",
     "torch": "TP, torch's own",
     "phantom": "phantom",
-    "control": "control, one rank",
+    "control": "control, DDP",
 }
 
 

@@ -1,61 +1,37 @@
-"""What a step costs under tensor parallelism and under phantom parallelism, counted, not measured.
+"""What a training step costs by each method, counted, not measured.
 
-Everything is per rank and per step: FLOPs count a multiply and an add as two and leave biases out, as torch's
-FlopCounter does; bytes are those that one rank sends in a ring. With R ranks,
-q = p/R blocks each, b tokens and s bytes an element:
+Everything is per rank and step: FLOPs count a multiply and an add as two and leave biases out, as torch's FlopCounter
+does; bytes are those that one rank sends in a ring. W ranks in groups of R, q = p/R blocks a rank, b tokens of one
+group's ranks together, s bytes an element. For a square n x n linear:
 
-| square n x n layer | tensor parallel | phantom |
-|---|---|---|
-| weights | n^2/R | q (n^2/p^2 + k n) |
-| FLOPs forward | 2 b n^2/R | 2 b q (n^2/p^2 + k n) |
-| collective forward, and again backward | (R-1)/R b n s | (R-1) q b k s |
-| chain exit, forward | (R-1)/R b out s | the same |
-| chain entry, backward, if the input needs a gradient | (R-1)/R b in s | the same |
+| | weights held | FLOPs forward | bytes sent |
+|---|---|---|---|
+| DDP, dense | n^2 | 2 (b/R) n^2 | gradients 2 (W-1)/W n^2 s |
+| FSDP, dense | n^2/W | 2 (b/R) n^2 | weights twice and gradients, 3 (W-1)/W n^2 s |
+| TP in pairs | n^2/R | 2 b n^2/R | twice: entry (R-1)/R b in s, exit (R-1)/R b out s |
+| TP, layer by layer | n^2/R | 2 b n^2/R | twice: layers (R-1)/R b in s, exit (R-1)/R^2 b out s |
+| phantom | q (n^2/p^2 + k n) | 2 b q (n^2/p^2 + k n) | twice: layers (R-1) q k b s, entry and exit (R-1)/R^2 b w s |
 
-The table's tensor parallelism is the layer-wise one: an all-gather of the input forward (none at a chain's entry, where
-every rank has it already) and a reduce-scatter of its gradient backward (at the entry, together with the gathering of
-the sum, an all-reduce: one call). Megatron's pairs of a column- and a row-parallel layer spend one all-reduce per pair
-each way instead, and a last gather when the number of layers is odd. Both are counted.
+Outside the layers every rank has its own tokens with all features, b/R of them; inside, the group's with its own
+features. Phantom goes from one to the other and back in all-to-alls. A column-parallel layer gathers its input (tokens
+at the entry, features inside) and reduce-scatters its gradient; a row-parallel one reduce-scatters its output and
+gathers its gradient; a column-parallel one whose output leaves ends in an all-to-all. "Twice" is forward and backward,
+but for an input that needs no gradient. What DDP sends for the parameters of TP and phantom that every rank holds, and
+for shards where W > R, is not counted in their rows: it depends on W, and on the rest of the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lightning_phantom.config import check_phantom_width, is_int, resolve_phantom_width
+from lightning_phantom.cost.layer import Layer, as_layers, is_row
 from lightning_phantom.errors import PhantomError
 
 # Bytes per element, by the names torch gives its types.
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer as the cost model sees it.
-
-    Attributes:
-        in_features: width of the input, all ranks together.
-        out_features: width of the output, all ranks together.
-        bias: whether it has one.
-        input_layout: `"replicated"` at the entry of a chain, `"sharded"` inside.
-        output_layout: `"replicated"` at the exit of a chain, `"sharded"` inside.
-        needs_input_grad: whether its input needs a gradient; False at the first layer of a model fed with data.
-        shares_input: whether it rides on the collectives of a sibling before it that reads the same value.
-        phantom_width: k of this layer alone; None takes the one given to `estimate_cost`.
-        in_pairs: input and output layout in Megatron's pairs, and whether it rides on a sibling's collectives there;
-            None alternates along the chain, which is right where no value inside it is written twice.
-    """
-
-    in_features: int
-    out_features: int
-    bias: bool = True
-    input_layout: str = "sharded"
-    output_layout: str = "sharded"
-    needs_input_grad: bool = True
-    shares_input: bool = False
-    phantom_width: int | None = None
-    in_pairs: tuple[str, str, bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,17 +42,19 @@ class Cost:
         weights: parameters held, biases included.
         flops_forward: floating-point operations of the forward.
         flops_backward: floating-point operations of the backward.
-        layer_bytes: bytes sent in the layers' own collectives, forward and backward.
-        boundary_bytes: bytes sent where chains begin and end, forward and backward.
+        layer_bytes: bytes of activations and their gradients that layers send inside.
+        boundary_bytes: bytes of activations and their gradients sent where layers read and write whole tokens.
         calls: collectives issued.
+        weight_bytes: bytes of weights and of their gradients sent: what data parallelism sends.
     """
 
-    weights: int
-    flops_forward: int
-    flops_backward: int
-    layer_bytes: int
-    boundary_bytes: int
-    calls: int
+    weights: int = 0
+    flops_forward: int = 0
+    flops_backward: int = 0
+    layer_bytes: int = 0
+    boundary_bytes: int = 0
+    calls: int = 0
+    weight_bytes: int = 0
 
     @property
     def flops(self) -> int:
@@ -85,8 +63,8 @@ class Cost:
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes sent, layers and boundaries together."""
-        return self.layer_bytes + self.boundary_bytes
+        """Bytes sent, of whatever kind."""
+        return self.layer_bytes + self.boundary_bytes + self.weight_bytes
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -94,12 +72,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """The costs side by side, per rank and step.
+    """The costs of one group of R ranks side by side, per rank and step.
 
     Attributes:
         phantom: phantom parallelism.
         tensor_parallel: tensor parallelism in Megatron's column and row pairs.
-        tensor_parallel_layerwise: tensor parallelism with collectives at every layer.
+        tensor_parallel_layerwise: tensor parallelism in column-parallel layers alone.
     """
 
     phantom: Cost
@@ -125,14 +103,15 @@ def estimate_cost(
     """Count weights, FLOPs, bytes and calls of a training step, per rank, for phantom and for tensor parallelism.
 
     Args:
-        layers: `(in_features, out_features)` pairs, which form one chain from first to last, or `Layer` records,
-            chain by chain and in the order of the forward.
+        layers: `(in_features, out_features)` pairs, which form one FFN from first to last, or `Layer` records, FFN by
+            FFN and in the order of the forward.
         num_blocks: p.
         phantom_width: k, an int or a fraction of the block width (see `PhantomConfig`).
         num_ranks: R, which divides p.
-        tokens: rows of the activations of one step on this group of ranks (batch times sequence length).
+        tokens: rows of the activations of one step on this group of ranks together (batch times sequence length). The
+            bytes are exact where every rank has as many.
         dtype: type of the activations that travel: a torch dtype or its name.
-        entry_needs_grad: for pairs: whether the chain's input needs a gradient.
+        entry_needs_grad: for pairs: whether the input of the first needs a gradient.
 
     Returns:
         The record of the three costs.
@@ -146,17 +125,12 @@ def estimate_cost(
         0.3125
     """
     check_phantom_width(phantom_width)
-    for name, value, least in (("num_blocks", num_blocks, 2), ("num_ranks", num_ranks, 1), ("tokens", tokens, 0)):
-        if not is_int(value) or value < least:
-            raise PhantomError(f"{name}={value!r}: needs an int of at least {least}.")
+    check_ints(("num_blocks", num_blocks, 2), ("num_ranks", num_ranks, 1), ("tokens", tokens, 0))
     if num_blocks % num_ranks:
         raise PhantomError(f"num_ranks={num_ranks} does not divide num_blocks={num_blocks}.")
-    element_bytes = ELEMENT_BYTES.get(str(dtype).removeprefix("torch."))
-    if element_bytes is None:
-        raise PhantomError(f"dtype={dtype!r}: choose one of {', '.join(ELEMENT_BYTES)}.")
-    phantom = megatron = layerwise = Cost(0, 0, 0, 0, 0, 0)
-    chain = _as_layers(layers, entry_needs_grad)
-    for layer, in_pairs in zip(chain, layouts_in_pairs(chain), strict=True):
+    group = Group(num_ranks, tokens, element_bytes_of(dtype))
+    phantom = megatron = layerwise = Cost()
+    for layer in as_layers(layers, entry_needs_grad):
         if layer.in_features % num_blocks or layer.out_features % num_blocks:
             raise PhantomError(
                 f"a layer of {layer.in_features} -> {layer.out_features} features does not divide into "
@@ -164,42 +138,84 @@ def estimate_cost(
             )
         width = phantom_width if layer.phantom_width is None else layer.phantom_width
         k = resolve_phantom_width(width, layer.in_features, layer.out_features, num_blocks)
-        group = Group(num_ranks, tokens, element_bytes)
         phantom += _phantom(layer, group, num_blocks, k)
-        megatron += _megatron(layer, group, in_pairs)
-        layerwise += _layerwise(layer, group)
+        megatron += _exact(layer, group, is_row(layer))
+        layerwise += _exact(layer, group, row=False)
     return CostEstimate(phantom, megatron, layerwise)
 
 
-def _as_layers(layers: Sequence[Layer | tuple[int, int]], entry_needs_grad: bool) -> list[Layer]:
-    if not layers:
-        raise PhantomError("layers is empty: give (in_features, out_features) pairs or Layer records.")
-    last = len(layers) - 1
-    return [
-        layer
-        if isinstance(layer, Layer)
-        else Layer(
-            *layer,
-            input_layout="replicated" if n == 0 else "sharded",
-            output_layout="replicated" if n == last else "sharded",
-            needs_input_grad=n > 0 or entry_needs_grad,
-        )
-        for n, layer in enumerate(layers)
-    ]
+# What is sent
 
 
 @dataclass(frozen=True)
 class Group:
-    """R ranks and the activations they exchange."""
+    """R ranks and the activations they exchange.
+
+    Attributes:
+        num_ranks: R.
+        tokens: b, of all ranks together.
+        element_bytes: s.
+    """
 
     num_ranks: int
     tokens: int
     element_bytes: int
 
-    def collectives(self, width: int, count: int) -> tuple[int, int]:
-        """Bytes and calls of `count` all-gathers or reduce-scatters of activations with `width` features in all."""
-        sent = (self.num_ranks - 1) * width * self.tokens * self.element_bytes // self.num_ranks
-        return count * sent, count * (self.num_ranks > 1)
+    def gathered(self, width: int) -> int:
+        """Bytes of an all-gather or a reduce-scatter of b tokens with `width` features in all."""
+        return (self.num_ranks - 1) * width * self.tokens * self.element_bytes // self.num_ranks
+
+    def exchanged(self, width: int) -> int:
+        """Bytes of an all-to-all of the same, between own tokens and own features."""
+        return (self.num_ranks - 1) * width * self.tokens * self.element_bytes // self.num_ranks**2
+
+
+class Collective(NamedTuple):
+    """What one rank gives to the others at one place of a step.
+
+    Attributes:
+        of: `"input"`, `"latents"` or `"output"` of a layer, or of their gradient.
+        backward: whether it is the gradient's.
+        sent_bytes: bytes that this rank sends.
+        calls: collectives issued; 0 where it travels in a sibling's.
+        boundary: whether whole tokens are read or written there.
+    """
+
+    of: str
+    backward: bool
+    sent_bytes: int
+    calls: int = 1
+    boundary: bool = False
+
+
+def phantom_collectives(layer: Layer, group: Group, num_blocks: int, k: int) -> list[Collective]:
+    """All-to-alls at entry and exit; a gather of the latents, and a reduce-scatter of their gradients."""
+    if group.num_ranks == 1:
+        return []
+    entered, left = group.exchanged(layer.in_features), group.exchanged(layer.out_features)
+    ways = (False, True)
+    found = [Collective("latents", back, group.gathered(num_blocks * k), 1 - layer.shares_input) for back in ways]
+    if layer.enters and not layer.shares_input:
+        found += [Collective("input", back, entered, 1, True) for back in ways[: 1 + layer.needs_input_grad]]
+    if layer.leaves:
+        found += [Collective("output", back, left, 1, True) for back in ways]
+    return found
+
+
+def exact_collectives(layer: Layer, group: Group, row: bool) -> list[Collective]:
+    """Those of a dense layer that is cut by `row`, or by column; see the module's docstring."""
+    if group.num_ranks == 1:
+        return []
+    ways = (False, True)
+    found: list[Collective] = []
+    if not layer.shares_input and (layer.enters or not row):
+        sent = group.exchanged(layer.in_features) if row else group.gathered(layer.in_features)
+        found = [Collective("input", back, sent, 1, layer.enters) for back in ways[: 1 + layer.needs_input_grad]]
+    if row:
+        found += [Collective("output", back, group.gathered(layer.out_features), 1, True) for back in ways]
+    elif layer.leaves:
+        found += [Collective("output", back, group.exchanged(layer.out_features), 1, True) for back in ways]
+    return found
 
 
 def _phantom(layer: Layer, group: Group, p: int, k: int) -> Cost:
@@ -208,70 +224,39 @@ def _phantom(layer: Layer, group: Group, p: int, k: int) -> Cost:
     products = local + compressor + decompressor
     # Backward: a product per weight, and one per value that needs a gradient. The latents always need theirs.
     backward = products + decompressor + (local + compressor) * layer.needs_input_grad
-    layer_bytes, layer_calls = group.collectives(p * k, 2)
-    enter_bytes, enter_calls = group.collectives(layer.in_features, _gathers_gradient(layer))
-    leave_bytes, leave_calls = group.collectives(layer.out_features, layer.output_layout == "replicated")
-    return Cost(
-        weights=products + layer.bias * q * m_out,
-        flops_forward=2 * group.tokens * products,
-        flops_backward=2 * group.tokens * backward,
-        layer_bytes=layer_bytes,
-        boundary_bytes=enter_bytes + leave_bytes,
-        calls=layer_calls * (not layer.shares_input) + enter_calls + leave_calls,
-    )
+    weights = products + layer.bias * q * m_out
+    return _cost(weights, products, backward, group, phantom_collectives(layer, group, p, k))
 
 
-def _gathers_gradient(layer: Layer) -> bool:
-    """Whether the gradient of the layer's input is made whole: at a chain's entry, once for siblings."""
-    return layer.input_layout == "replicated" and layer.needs_input_grad and not layer.shares_input
-
-
-def _layerwise(layer: Layer, group: Group) -> Cost:
-    """An all-gather and a reduce-scatter; where every rank has the input, one all-reduce, half of it the entry's."""
-    sharded = layer.input_layout == "sharded"
-    moves = 0 if layer.shares_input else sharded + layer.needs_input_grad
-    layer_bytes, layer_calls = group.collectives(layer.in_features, moves)
-    enter_bytes, _ = group.collectives(layer.in_features, _gathers_gradient(layer))
-    leave_bytes, leave_calls = group.collectives(layer.out_features, layer.output_layout == "replicated")
-    boundary_bytes, calls = enter_bytes + leave_bytes, layer_calls + leave_calls
-    return _exact(layer, group, layer.out_features // group.num_ranks, layer_bytes, boundary_bytes, calls)
-
-
-def layouts_in_pairs(layers: Sequence[Layer]) -> list[tuple[str, str, bool]]:
-    """Each layer's layouts in Megatron's pairs of column and row, and whether it rides on a sibling there."""
-    found, row = [], False  # row: whether this stage of the chain is the second of a pair
-    for layer in layers:
-        if not layer.shares_input:
-            row = layer.input_layout == "sharded" and not row
-        alternating = ("sharded", "replicated") if row else ("replicated", layer.output_layout)
-        found.append(layer.in_pairs or (*alternating, layer.shares_input))
-    return found
-
-
-def _megatron(layer: Layer, group: Group, in_pairs: tuple[str, str, bool]) -> Cost:
-    """A column-parallel layer all-reduces its input's gradient, a row-parallel one its output: two gathers' bytes."""
-    *layouts, rides = in_pairs
-    if layouts == ["sharded", "replicated"]:
-        sent, calls = group.collectives(layer.out_features, 2)
-        return _exact(layer, group, layer.out_features, sent, 0, calls // 2)
-    moves = 0 if rides else 1 + layer.needs_input_grad
-    if layouts[0] == "sharded":  # two layers write into one value: this one gathers its input as layer-wise ones do
-        sent, calls = group.collectives(layer.in_features, moves)
-    else:
-        sent, calls = group.collectives(layer.in_features, 2 * (moves // 2))
-        calls //= 2
-    leave_bytes, leave_calls = group.collectives(layer.out_features, layouts[1] == "replicated")
-    return _exact(layer, group, layer.out_features // group.num_ranks, sent, leave_bytes, calls + leave_calls)
-
-
-def _exact(layer: Layer, group: Group, bias: int, layer_bytes: int, boundary_bytes: int, calls: int) -> Cost:
-    """The cost of a layer whose dense weight is split over the group, whichever way."""
+def _exact(layer: Layer, group: Group, row: bool) -> Cost:
     products = layer.in_features * layer.out_features // group.num_ranks
+    weights = products + layer.bias * (layer.out_features if row else layer.out_features // group.num_ranks)
+    backward = products * (1 + layer.needs_input_grad)
+    return _cost(weights, products, backward, group, exact_collectives(layer, group, row))
+
+
+def _cost(weights: int, forward: int, backward: int, group: Group, collectives: Sequence[Collective]) -> Cost:
+    """`forward` and `backward` are multiplications of one token."""
     return Cost(
-        weights=products + layer.bias * bias,
-        flops_forward=2 * group.tokens * products,
-        flops_backward=2 * group.tokens * products * (1 + layer.needs_input_grad),
-        layer_bytes=layer_bytes,
-        boundary_bytes=boundary_bytes,
-        calls=calls,
+        weights=weights,
+        flops_forward=2 * group.tokens * forward,
+        flops_backward=2 * group.tokens * backward,
+        layer_bytes=sum(c.sent_bytes for c in collectives if not c.boundary),
+        boundary_bytes=sum(c.sent_bytes for c in collectives if c.boundary),
+        calls=sum(c.calls for c in collectives),
     )
+
+
+def check_ints(*given: tuple[str, int, int]) -> None:
+    """Raise PhantomError unless each (name, value, least) holds an int of at least so much."""
+    for name, value, least in given:
+        if not is_int(value) or value < least:
+            raise PhantomError(f"{name}={value!r}: needs an int of at least {least}.")
+
+
+def element_bytes_of(dtype: object) -> int:
+    """Bytes per element of a torch dtype or its name; raises PhantomError for others."""
+    size = ELEMENT_BYTES.get(str(dtype).removeprefix("torch."))
+    if size is None:
+        raise PhantomError(f"dtype={dtype!r}: choose one of {', '.join(ELEMENT_BYTES)}.")
+    return size

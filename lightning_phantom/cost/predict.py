@@ -1,17 +1,27 @@
-"""Predicts how long the feed-forward part of a step takes: the matrix products one by one, then what is sent.
+"""Predicts how long a step takes: the matrix products one by one, then what is sent.
 
 A product takes `flops / flops_per_s + bytes / memory_bytes_per_s` and a fixed time to start, where bytes counts its
 operands and its result once; a copy takes the same without FLOPs. A collective takes `sent_bytes / link_bytes_per_s +
-latency_s`. A phantom layer's runs while the products with its diagonal blocks do, and only the excess is waited for.
+latency_s`, and only what exceeds the work beside it is waited for: beside a phantom layer's latents that is the
+products with its diagonal blocks, beside what an exact layer gathers its own share's, beside gradients that are
+averaged the whole backward. Nothing runs beside what enters, leaves, or is summed by a row-parallel layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lightning_phantom.config import resolve_phantom_width
-from lightning_phantom.cost.count import ELEMENT_BYTES, Group, Layer, layouts_in_pairs
+from lightning_phantom.cost.count import (
+    Collective,
+    Group,
+    element_bytes_of,
+    exact_collectives,
+    phantom_collectives,
+)
+from lightning_phantom.cost.data_parallel import NOTHING, Rest, ddp_cost
+from lightning_phantom.cost.layer import Layer, as_layers, is_row
 
 METHODS = ("dense", "tensor_parallel", "tensor_parallel_layerwise", "phantom")
 
@@ -78,25 +88,19 @@ class Stage:
         hidden_behind: what is done elsewhere, while the collective runs.
         sent_bytes: bytes that this rank sends.
         calls: collectives issued.
+        backward: whether it is of the backward.
     """
 
     work: Work = Work()
     hidden_behind: Work = Work()
     sent_bytes: int = 0
     calls: int = 0
-
-
-def collective(group: Group, width: int, behind: Work | None = None, calls: int = 1) -> Stage:
-    """An exchange of activations with `width` features in all, hidden behind some work; nothing for one rank."""
-    if group.num_ranks == 1:
-        return Stage()
-    sent, _ = group.collectives(width, 1)
-    return Stage(Work(), behind or Work(), sent, calls)
+    backward: bool = False
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """A predicted step of the feed-forward part, in seconds.
+    """A predicted step, in seconds.
 
     Attributes:
         compute_s: products and copies.
@@ -122,21 +126,29 @@ def predict(
     tokens: int,
     machine: Machine,
     dtype: str = "float32",
+    rest: Rest = NOTHING,
 ) -> dict[str, StepTime]:
     """Predict the step (forward and backward, no optimizer) of these layers, by method (`METHODS`).
 
-    The arguments are `estimate_cost`'s; `layers` come from `Plan.cost_layers`. Dense is one rank that does all of it.
+    The arguments are `estimate_cost`'s; `layers` come from `Plan.cost_layers`. Dense is DDP of the dense layers on as
+    many ranks. `rest` is computed under every method alike.
     """
-    group = Group(num_ranks, tokens, ELEMENT_BYTES[dtype])
+    group = Group(num_ranks, tokens, element_bytes_of(dtype))
+    alone = Group(1, -(-tokens // num_ranks), group.element_bytes)  # own tokens
     stages: dict[str, list[Stage]] = {method: [] for method in METHODS}
-    for layer, in_pairs in zip(layers, layouts_in_pairs(layers), strict=True):
+    averaged = {method: rest.cost(num_ranks, tokens, dtype) for method in METHODS}
+    averaged["dense"] = ddp_cost((*layers, *rest.layers), num_ranks, tokens, dtype, rest.weights)
+    for layer in as_layers(layers):
         width = phantom_width if layer.phantom_width is None else layer.phantom_width
         k = resolve_phantom_width(width, layer.in_features, layer.out_features, num_blocks)
-        row, as_it_is = in_pairs[:2] == ("sharded", "replicated"), in_layers(layer)
-        stages["dense"] += exact_stages(layer, as_it_is, False, replace(group, num_ranks=1))
-        stages["tensor_parallel"] += exact_stages(layer, in_pairs, row, group)
-        stages["tensor_parallel_layerwise"] += exact_stages(layer, as_it_is, False, group)
+        stages["dense"] += exact_stages(layer, False, alone)
+        stages["tensor_parallel"] += exact_stages(layer, is_row(layer), group)
+        stages["tensor_parallel_layerwise"] += exact_stages(layer, False, group)
         stages["phantom"] += phantom_stages(layer, num_blocks, k, group)
+    for method, own in stages.items():
+        own += [stage for layer in rest.layers for stage in exact_stages(layer, False, alone)]
+        backward = sum((stage.work for stage in own if stage.backward), Work())
+        own.append(Stage(Work(), backward, averaged[method].weight_bytes, averaged[method].calls, True))
     return {method: step_time(stages[method], machine, group.element_bytes) for method in METHODS}
 
 
@@ -152,46 +164,36 @@ def step_time(stages: Iterable[Stage], machine: Machine, element_bytes: int) -> 
     return StepTime(compute, communication, waited)
 
 
-def in_layers(layer: Layer) -> tuple[str, str, bool]:
-    """A layer's layouts, and whether it rides on a sibling, where every layer has collectives of its own."""
-    return layer.input_layout, layer.output_layout, layer.shares_input
-
-
-def exact_stages(layer: Layer, layouts: tuple[str, str, bool], row: bool, group: Group) -> list[Stage]:
-    """Forward and backward of a dense layer cut by row or by column, in the words of `parallel_linear.py`.
-
-    Args:
-        layer: the layer.
-        layouts: of its input and its output, and whether it rides on the collectives of a sibling.
-        row: whether it is cut by row.
-        group: the ranks.
-    """
-    ranks, tokens, several = group.num_ranks, group.tokens, group.num_ranks > 1
+def exact_stages(layer: Layer, row: bool, group: Group) -> list[Stage]:
+    """Forward and backward of a dense layer cut by `row` or by column, in the words of `layers.tensor_parallel`."""
+    ranks, tokens = group.num_ranks, group.tokens
     in_here, out_here = layer.in_features, layer.out_features
     in_here, out_here = (in_here // ranks, out_here) if row else (in_here, out_here // ranks)
-    forward = product(1, tokens, in_here, out_here)
     weight_grad = product(1, out_here, tokens, in_here)
     backward = weight_grad + copy(tokens * out_here)
+    own_share = product(1, out_here, tokens // ranks, in_here)  # of a row-parallel layer's backward
     if layer.needs_input_grad:
         backward += product(1, tokens, out_here, in_here)
-    if row:
-        return [Stage(forward), collective(group, 2 * layer.out_features), Stage(backward)]
-    rides = layouts[2]
-    gathered = several and layouts[0] == "sharded"
-    stages = [Stage(forward), Stage(backward)]
-    if gathered and not rides:
-        own_share = product(1, tokens, in_here // ranks, out_here)
-        stages.append(collective(group, layer.in_features, behind=own_share))
-    if layer.needs_input_grad and not rides:
-        passes = 1 if gathered else 2
-        stages.append(collective(group, passes * layer.in_features, behind=weight_grad))
-    if layouts[1] == "replicated":
-        stages.append(collective(group, layer.out_features))
+        own_share += product(1, tokens // ranks, out_here, in_here)
+    if not row:
+        own_tokens, own_features = (tokens // ranks, in_here) if layer.enters else (tokens, in_here // ranks)
+        own_share = product(1, own_tokens, own_features, out_here)  # of a column-parallel layer's forward
+    behind = {
+        ("input", False, False): own_share,
+        ("input", True, False): weight_grad,
+        ("output", True, True): own_share,
+    }
+    stages = [Stage(product(1, tokens, in_here, out_here)), Stage(backward, backward=True)]
+    for sent in exact_collectives(layer, group, row):
+        exchanged = sent.of == ("input" if row else "output")
+        width = layer.in_features if row else layer.out_features
+        around = copy(tokens * width // ranks) if exchanged else Work()
+        stages.append(_stage(sent, around, behind.get((sent.of, sent.backward, row), Work())))
     return stages
 
 
 def phantom_stages(layer: Layer, num_blocks: int, k: int, group: Group) -> list[Stage]:
-    """Forward and backward of a phantom layer, in the words of `layers.py`."""
+    """Forward and backward of a phantom layer, in the words of `layers.phantom`."""
     p, q, tokens = num_blocks, num_blocks // group.num_ranks, group.tokens
     m_in, m_out, others = layer.in_features // p, layer.out_features // p, (p - 1) * k
     local = product(q, tokens, m_in, m_out)  # L x
@@ -204,11 +206,15 @@ def phantom_stages(layer: Layer, num_blocks: int, k: int, group: Group) -> list[
     rest = product(q, k, tokens, m_in) + copy(tokens * q * m_out)  # dC and db
     if layer.needs_input_grad:
         rest += product(q, tokens, k, m_in)  # C^T h
-    stages = [Stage(forward), Stage(latents + factors + rest)]
-    calls = 0 if layer.shares_input else 1  # siblings' latents travel side by side
-    stages += [collective(group, p * k, work, calls) for work in (local, factors)]
-    if layer.input_layout == "replicated" and layer.needs_input_grad and not layer.shares_input:
-        stages.append(collective(group, layer.in_features))
-    if layer.output_layout == "replicated":
-        stages.append(collective(group, layer.out_features))
+    stages = [Stage(forward), Stage(latents + factors + rest, backward=True)]
+    for sent in phantom_collectives(layer, group, p, k):
+        if sent.of == "latents":
+            stages.append(_stage(sent, Work(), factors if sent.backward else local))
+        else:
+            width = layer.in_features if sent.of == "input" else layer.out_features
+            stages.append(_stage(sent, copy(tokens * width // group.num_ranks), Work()))
     return stages
+
+
+def _stage(sent: Collective, work: Work, behind: Work) -> Stage:
+    return Stage(work, behind, sent.sent_bytes, sent.calls, sent.backward)

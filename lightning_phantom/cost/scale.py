@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lightning_phantom.config import resolve_phantom_width
-from lightning_phantom.cost.count import Cost, Layer, estimate_cost
+from lightning_phantom.cost.count import Cost, estimate_cost
+from lightning_phantom.cost.data_parallel import NOTHING, Rest, ddp_cost
+from lightning_phantom.cost.layer import Layer
 from lightning_phantom.cost.predict import METHODS, Machine, StepTime, predict
 from lightning_phantom.errors import PhantomError
 
@@ -16,13 +18,13 @@ MOST_BLOCKS = 4096
 
 @dataclass(frozen=True)
 class Scale:
-    """The feed-forward part of a step on so many ranks.
+    """A step on so many ranks.
 
     Attributes:
         num_blocks: p.
         phantom_widths: each k that a layer has.
         num_ranks: R.
-        tokens: rows of the activations of one step on these ranks.
+        tokens: rows of the activations of one step on these ranks together.
         dtype: type of the activations.
         costs: weights, FLOPs, bytes and calls of one rank, by method (`predict.METHODS`).
         times: the predicted step, by method.
@@ -46,10 +48,14 @@ class Scale:
         least = min(getattr(self.costs[method], what) for method in METHODS[1:3])
         return getattr(self.costs["phantom"], what) / least if least else None
 
-    @property
-    def time_ratio(self) -> float:
-        """Predicted step of phantom over that of the fastest tensor parallelism."""
-        return self.times["phantom"].seconds / self.times[self.fastest_tp].seconds
+    def dense_ratio(self, what: str) -> float | None:
+        """The same over DDP of the dense model."""
+        dense = getattr(self.costs["dense"], what)
+        return getattr(self.costs["phantom"], what) / dense if dense else None
+
+    def time_ratio(self, method: str) -> float:
+        """Predicted step of phantom over that of another method."""
+        return self.times["phantom"].seconds / self.times[method].seconds
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -63,7 +69,9 @@ class Scale:
                 for m in METHODS
             },
             "phantom_over_tp": {what: self.ratio(what) for what in ("weights", "flops", "sent_bytes")}
-            | {"step": self.time_ratio},
+            | {"step": self.time_ratio(self.fastest_tp)},
+            "phantom_over_dense": {what: self.dense_ratio(what) for what in ("weights", "flops", "sent_bytes")}
+            | {"step": self.time_ratio("dense")},
         }
 
 
@@ -74,9 +82,10 @@ class Setting:
     Attributes:
         layers: the linears to swap, as `Plan.cost_layers` gives them.
         phantom_width: k, an int or a fraction.
-        tokens: rows of the activations of one step.
+        tokens: rows of the activations of one step, all ranks together.
         dtype: their type.
         machine: what a rank can do.
+        rest: what else the model has, under every method alike.
     """
 
     layers: tuple[Layer, ...]
@@ -84,6 +93,7 @@ class Setting:
     tokens: int
     dtype: str
     machine: Machine
+    rest: Rest = NOTHING
 
     def scale(self, num_blocks: int, num_ranks: int) -> Scale:
         """Count and predict a step at this p on this many ranks.
@@ -94,10 +104,11 @@ class Setting:
         layers = [replace(layer, phantom_width=self.width(layer, num_blocks)) for layer in self.layers]
         arguments = (num_blocks, self.phantom_width, num_ranks, self.tokens)
         estimate = estimate_cost(layers, *arguments, self.dtype)
-        dense = estimate_cost(layers, num_blocks, self.phantom_width, 1, self.tokens, self.dtype).tensor_parallel
-        costs = {"dense": dense} | {method: getattr(estimate, method) for method in METHODS[1:]}
+        rest = self.rest.cost(num_ranks, self.tokens, self.dtype)
+        costs = {method: getattr(estimate, method) + rest for method in METHODS[1:]}
+        costs["dense"] = ddp_cost((*layers, *self.rest.layers), num_ranks, self.tokens, self.dtype, self.rest.weights)
         widths = tuple(sorted({layer.phantom_width or 0 for layer in layers}))
-        times = predict(layers, *arguments, self.machine, self.dtype)
+        times = predict(layers, *arguments, self.machine, self.dtype, self.rest)
         return Scale(num_blocks, widths, num_ranks, self.tokens, self.dtype, costs, times)
 
     def width(self, layer: Layer, num_blocks: int) -> int:

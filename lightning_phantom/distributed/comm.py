@@ -160,6 +160,12 @@ def gather_to_first(shard: Tensor, group: Group) -> list[Tensor] | None:
     return parts
 
 
+def barrier(group: Group) -> None:
+    """Wait for all ranks of the group."""
+    if group is not None and dist.get_world_size(group) > 1:
+        dist.barrier(group)
+
+
 def gather_objects(value: Any, group: Group = None) -> list[Any]:
     """What each rank of the group holds, on all of them; of the whole world where there is no group."""
     everyone: list[Any] = [None] * dist.get_world_size(group)

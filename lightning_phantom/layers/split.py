@@ -5,6 +5,7 @@ What trains, clips, compares and saves a model asks nothing else of a layer than
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -149,9 +150,14 @@ class SplitLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [..., in] to [..., out]."""
+        if input.shape[-1] != self.in_features:
+            raise LayoutError(
+                f"{self.name or type(self).__name__}: the input is {list(input.shape)}, but its last size must be "
+                f"in_features={self.in_features}."
+            )
         if self.ranks.size == 1:
             x, factors = _cast(input, self.factors())
-            rows = input.shape[:-1].numel()
+            rows = math.prod(input.shape[:-1])  # `numel` would fix a batch of any size to that of a trace
             return self.alone(x.reshape(rows, input.shape[-1]), factors).reshape(*input.shape[:-1], self.out_features)
         # Collectives do not compile; what one process holds does.
         return self._uncompiled(input) if torch.compiler.is_compiling() else self._among_ranks(input)
@@ -178,11 +184,6 @@ class SplitLinear(nn.Linear):
 
     def _read(self, input: Tensor) -> Last:
         """Bring an input inside, and remember it for the layers that read it next."""
-        if input.shape[-1] != self.in_features:
-            raise LayoutError(
-                f"{self.name or type(self).__name__}: the input is {list(input.shape)}, but its last size must be "
-                f"in_features={self.in_features}."
-            )
         if isinstance(input, ShardedActivation) and input.place.ranks.process_group is self.ranks.process_group:
             assert input.local is not None
             x, rows, inside = input.local, input.place.rows, True
@@ -198,8 +199,8 @@ class SplitLinear(nn.Linear):
         self.ranks.agreement.last = last
         return last
 
-    def _versions(self) -> tuple[int | None, ...]:
-        return tuple(version_of(t) for t in self.factors() if t is not None)
+    def _versions(self) -> tuple[object, ...]:
+        return tuple((version_of(t), t.requires_grad) for t in self.factors() if t is not None)
 
     def _forget(self, reference: weakref.ref[Tensor]) -> None:
         last = self.ranks.agreement.last
@@ -269,7 +270,7 @@ class Last:
     x: Tensor
     rows: Rows
     inside: bool
-    outputs: dict[SplitLinear, tuple[Tensor, tuple[int | None, ...]]] = field(default_factory=dict)
+    outputs: dict[SplitLinear, tuple[Tensor, tuple[object, ...]]] = field(default_factory=dict)
 
     def is_of(self, input: Tensor) -> bool:
         """Whether `input` is the one that was read, unchanged, and would be read alike now."""

@@ -264,7 +264,7 @@ class _Row(torch.autograd.Function):
                     dx[others] = d_all[others] @ weight if n == 0 else dx[others] + d_all[others] @ weight
                 d_weight = grads[2 * n]
                 if d_weight is not None:
-                    d_weight.addmm_(d_all[others].mT, x[others])
+                    torch.addmm(d_weight, d_all[others].mT, x[others], out=d_weight)
         return (dx, None, None, None, *grads)
 
 

@@ -20,8 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
 
-from lightning_phantom.cost.count import ELEMENT_BYTES, Group, Layer
+from lightning_phantom.cost.count import ELEMENT_BYTES, Group
+from lightning_phantom.cost.layer import Layer
 from lightning_phantom.cost.predict import Machine, Work, exact_stages, phantom_stages
+from lightning_phantom.distributed.comm import barrier
 from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers.phantom import PhantomLinear
@@ -103,7 +105,7 @@ def _timed_layer(features: int, p: int, k: int, tokens: int, kind: Any, group: d
     n, alone = features, Group(1, tokens, 0)
     if p == 1:
         layer: nn.Module = nn.Linear(n, n, **kind)
-        stages = exact_stages(Layer(n, n), ("sharded", "sharded", False), False, alone)
+        stages = exact_stages(Layer(n, n), False, alone)
     else:
         layer = PhantomLinear(n, n, p, k, **kind)
         stages = phantom_stages(Layer(n, n), p, k, alone)
@@ -120,7 +122,12 @@ def _timed_layer(features: int, p: int, k: int, tokens: int, kind: Any, group: d
 def _timed_collectives(elements: int, ranks: Ranks, kind: Any) -> tuple[int, float]:
     """Bytes sent and seconds of an all-gather and the reduce-scatter back, half of both."""
     shard = torch.randn(elements, 1, **kind)
-    seconds = median_seconds(lambda: ranks.reduce_scatter(ranks.all_gather(shard)())(), shard, ranks.group)
+
+    def there_and_back() -> None:
+        gathered = ranks.all_gather(shard, None, "all-gather")()
+        ranks.reduce_scatter(gathered, None, "reduce-scatter")()
+
+    seconds = median_seconds(there_and_back, shard, ranks.group)
     return (ranks.size - 1) * elements * shard.element_size(), seconds / 2
 
 
@@ -130,8 +137,7 @@ def median_seconds(
     """Median time of `step`, which every rank of the group begins together."""
     seconds = []
     for _ in range(2 + repeats):
-        if group is not None and dist.get_world_size(group) > 1:
-            dist.barrier(group)
+        barrier(group)
         synchronize(on)
         start = time.perf_counter()
         step()

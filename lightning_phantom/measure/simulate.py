@@ -19,11 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_phantom.cost.count import Layer, layouts_in_pairs
-from lightning_phantom.cost.predict import in_layers
+from lightning_phantom.cost.layer import Layer, as_layers, is_row
+from lightning_phantom.distributed.agreement import Agreement, Rows
 from lightning_phantom.distributed.comm import record_traffic
-from lightning_phantom.distributed.ranks import Ranks
+from lightning_phantom.distributed.ranks import Ranks, Waiting
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.layers.activation import Place, ShardedActivation
 from lightning_phantom.layers.phantom import PhantomLinear
 from lightning_phantom.layers.split import SplitLinear
 from lightning_phantom.layers.tensor_parallel import ParallelLinear
@@ -54,6 +55,18 @@ class Simulated:
     calls: int
 
 
+class _Alike(Agreement):
+    """What ranks agree on that are not there: they are at the same place, with as many rows."""
+
+    def enter(self, layer: str, rows: int, sort: str) -> Rows:
+        """Ask nobody."""
+        self._entries += 1
+        return Rows((rows,) * self._size, self.shared_batches, self._entries)
+
+    def step(self, what: str, rows: Rows | None = None) -> None:
+        """Ask nobody."""
+
+
 class FilledRanks(Ranks):
     """Ranks of a fake group: what a collective brings is filled in, and the time of all that is kept apart.
 
@@ -64,19 +77,32 @@ class FilledRanks(Ranks):
     def __init__(self, process_group: dist.ProcessGroup | None) -> None:
         super().__init__(process_group)
         self.seconds = 0.0
+        self._alike = None if process_group is None else _Alike(process_group)
 
-    def all_gather(self, shard: Tensor) -> Callable[[], Tensor]:
+    @property
+    def agreement(self) -> Agreement:
+        """What this rank would have agreed on with the others."""
+        assert self._alike is not None
+        return self._alike
+
+    def all_gather(self, shard: Tensor, rows: Rows | None, what: str) -> Waiting:
         """As if every rank had given what this one gives."""
-        return self._filled(super().all_gather, shard, shard)
+        return self._filled(shard, super().all_gather, shard, rows, what)
 
-    def reduce_scatter(self, parts: Tensor) -> Callable[[], Tensor]:
+    def reduce_scatter(self, parts: Tensor, rows: Rows | None, what: str) -> Waiting:
         """As if what the others add were zero."""
-        return self._filled(super().reduce_scatter, parts, parts[0])
+        return self._filled(parts[0], super().reduce_scatter, parts, rows, what)
 
-    def _filled(self, collective: Callable[[Tensor], Callable[[], Tensor]], given: Tensor, values: Tensor) -> Any:
+    def _all_to_all(
+        self, sent: Tensor, rows_in: tuple[int, ...], rows_out: tuple[int, ...], kind: str, what: str, rows: Rows | None
+    ) -> Waiting:
+        """As if the others had given what this rank gives them."""
+        return self._filled(sent, super()._all_to_all, sent, rows_in, rows_out, kind, what, rows)
+
+    def _filled(self, values: Tensor, collective: Callable[..., Waiting], *arguments: Any) -> Waiting:
         # Some releases of torch's fake group write the output themselves, others leave it as it was allocated.
         start = time.perf_counter()
-        wait = collective(given)
+        wait = collective(*arguments)
         if self.size > 1:
             wait().copy_(values)
         self.seconds += time.perf_counter() - start
@@ -94,24 +120,27 @@ def simulate(
         layers: what `Plan.cost_layers` gives; each with its own `phantom_width`.
         num_blocks: p.
         num_ranks: R, which divides p.
-        tokens: rows of the activations.
+        tokens: rows of the activations of all ranks together, of which each has as many.
         dtype: type of weights and activations.
 
     Raises:
-        PhantomError: torch.distributed is in use.
+        PhantomError: torch.distributed is in use, or the ranks would have different numbers of rows.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
         raise PhantomError("a simulation needs a process in which torch.distributed is not initialised.")
+    if tokens % num_ranks:
+        raise PhantomError(f"{tokens} tokens on {num_ranks} ranks: each of them needs as many.")
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
     try:
         torch.set_num_threads(max(1, cores // min(num_ranks, cores)))
         ranks = FilledRanks(dist.group.WORLD if num_ranks > 1 else None)
         kind = {"device": "meta", "dtype": getattr(torch, dtype)}
+        given = as_layers(layers)
         return {
-            method: _run(partial(make_share, method, layers, num_blocks, ranks, kind), layers, tokens, ranks)
+            method: _run(partial(make_share, method, given, num_blocks, ranks, kind), given, tokens, ranks)
             for method in ("tensor_parallel", "tensor_parallel_layerwise", "phantom")
         }
     finally:
@@ -122,51 +151,72 @@ def simulate(
 def make_share(method: str, layers: Sequence[Layer], p: int, ranks: Ranks, kind: Any) -> list[SplitLinear]:
     """This rank's layers by a method, on the CPU, with random weights; nothing but the shard is ever allocated."""
     made: list[SplitLinear] = []
-    for layer, in_pairs in zip(layers, layouts_in_pairs(layers), strict=True):
-        n, m = layer.in_features, layer.out_features
-        layouts: Any = in_pairs if method == "tensor_parallel" else in_layers(layer)
-        placed: dict[str, Any] = {
-            "process_group": ranks.process_group,
-            "input_layout": layouts[0],
-            "output_layout": layouts[1],
-            **kind,
-        }
+    groups: list[list[SplitLinear]] = []
+    for n, layer in enumerate(as_layers(layers)):
+        sizes, placed = (layer.in_features, layer.out_features), {"process_group": ranks.process_group, **kind}
         if method == "phantom":
             assert layer.phantom_width is not None
-            one: SplitLinear = PhantomLinear(n, m, p, layer.phantom_width, layer.bias, **placed)
+            one: SplitLinear = PhantomLinear(*sizes, p, layer.phantom_width, layer.bias, **placed)
         else:
-            style = "megatron" if method == "tensor_parallel" else "layerwise"
-            one = ParallelLinear(n, m, style, layer.bias, **placed)
-        one.ranks = ranks
+            cut = "row" if method == "tensor_parallel" and is_row(layer) else "column"
+            one = ParallelLinear(*sizes, cut, layer.bias, **placed)
+        one.ranks, one.name = ranks, str(n)
         one.to_empty(device="cpu")
         for parameter in one.parameters():
             torch.nn.init.uniform_(parameter, -(layer.in_features**-0.5), layer.in_features**-0.5)
         made.append(one)
+        if layer.shares_input:
+            groups[-1].append(one)
+        else:
+            groups.append([one])
+    for group in groups:
+        for one in group:
+            one.siblings = tuple(group)
     return made
 
 
 def make_step(made: Sequence[SplitLinear], layers: Sequence[Layer], tokens: int) -> Callable[[], None]:
-    """A forward and backward of these layers, one fed by the other where the widths are right; inputs are random."""
+    """A forward and backward of these layers, one fed by the other where the widths are right; inputs are random.
+
+    `tokens` are this rank's own.
+    """
+    ranks, dtype = made[0].ranks, made[0].weight.dtype
+    rows = Rows((tokens,) * ranks.size, False, 0)
 
     @cache
-    def given(width: int, requires_grad: bool) -> Tensor:
-        return torch.randn(tokens, width, dtype=made[0].weight.dtype, requires_grad=requires_grad)
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype)
+
+    def whole(layer: Layer) -> Tensor:
+        return random(tokens, layer.in_features).detach().requires_grad_(layer.needs_input_grad)
+
+    def inside(layer: Layer) -> Tensor:
+        if ranks.size == 1:
+            return whole(layer)
+        local = random(rows.total, layer.in_features // ranks.size).detach().requires_grad_(layer.needs_input_grad)
+        return ShardedActivation.wrap(local, (tokens, layer.in_features), Place(ranks, rows, "a layer before"))
 
     def step() -> None:
         for one in made:
             one.zero_grad(set_to_none=True)
-        ends: list[Tensor] = []  # outputs that no layer reads
-        z = x = torch.empty(0)
-        for layer, one in zip(layers, made, strict=True):
-            width = one.in_features // (one.ranks.size if one.input_layout == "sharded" else 1)
-            if not layer.shares_input and z.dim() == 2 and z.shape[1] == width:
-                x = ends.pop()
-            elif not layer.shares_input:
-                x = given(width, layer.needs_input_grad)
-                x.grad = None
-            z = one(x)
-            ends.append(z)
-        torch.autograd.backward(ends, [given(end.shape[1], False) for end in ends])
+        ends: list[Tensor] = []  # outputs that no layer reads, and those that leave
+        x = z = None
+        for n, (layer, one) in enumerate(zip(layers, made, strict=True)):
+            if not layer.shares_input:
+                if layer.enters:
+                    x = whole(layer)
+                elif z is None or z.shape[1] != layer.in_features:
+                    x = inside(layer)
+                else:
+                    x = z
+                    if not layers[n - 1].leaves:
+                        ends.pop()
+            assert x is not None
+            end = z = one(x)
+            if isinstance(z, ShardedActivation):
+                end = z.whole("the end") if layer.leaves else z.local
+            ends.append(end)
+        torch.autograd.backward(ends, [random(*end.shape) for end in ends])
 
     return step
 
@@ -181,7 +231,7 @@ def _run(make: Callable[[], list[SplitLinear]], layers: Sequence[Layer], tokens:
         saved += 0 if isinstance(tensor, torch.nn.Parameter) else tensor.numel() * tensor.element_size()
         return tensor
 
-    step = make_step(made, layers, tokens)
+    step = make_step(made, layers, tokens // ranks.size)
     seconds = []
     for _ in range(1 + REPEATS):
         ranks.seconds, start = 0.0, time.perf_counter()

@@ -14,7 +14,7 @@ from lightning_phantom.errors import PlanError
 from lightning_phantom.layers.dense import features, is_conv1d, is_linear
 from lightning_phantom.layers.split import SplitLinear
 from lightning_phantom.plan.record import Plan, PlannedLayer
-from lightning_phantom.plan.structure import FFN, Group, elsewhere, find_ffns, unpaired
+from lightning_phantom.plan.structure import alone, elsewhere, find_ffns, unpaired
 from lightning_phantom.plan.unfit import unfit
 
 
@@ -71,9 +71,9 @@ def _make_plan(module: nn.Module, config: Config) -> Plan:
             raise PlanError("\n".join(["the plan names layers that cannot be swapped; skip them:", *refused]))
         ffns = find_ffns(module, available)
         found = {name for ffn in ffns for name in ffn.names}
-        ffns += [FFN((Group((name,), 0, True, True),), "alone") for name in available if name not in found]
+        ffns += [alone(name) for name in available if name not in found]
     places = {name: (ffn, group) for ffn in ffns for group in ffn.groups for name in group.names}
-    alone = unpaired(module, [name for name in available if name not in places])
+    unpaired_for = unpaired(module, [name for name in available if name not in places])
 
     layers = []
     for name, linear in linears.items():
@@ -88,7 +88,7 @@ def _make_plan(module: nn.Module, config: Config) -> Plan:
             reason = "skipped by the plan" if name in words else "not named in the plan"
             layers.append(_describe(name, linear, config, "skip", reason))
         else:
-            layers.append(_describe(name, linear, config, "skip", obstacles[name] or alone[name]))
+            layers.append(_describe(name, linear, config, "skip", obstacles[name] or unpaired_for[name]))
     return Plan(config, tuple(layers), tuple(ffns))
 
 

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from lightning_phantom.config import Config
-from lightning_phantom.cost.count import Layer
+from lightning_phantom.cost.layer import Layer
 from lightning_phantom.plan.structure import FFN
 
 
@@ -85,7 +85,7 @@ class Plan:
                 by_name[name].out_features,
                 by_name[name].bias,
                 enters=group.enters,
-                leaves=group.leaves,
+                leaves=group.exits,
                 shares_input=n > 0,
                 phantom_width=by_name[name].phantom_width,
                 depth=group.depth,

@@ -1,8 +1,8 @@
 """Finds feed-forward networks (FFNs): which linears belong to one, in which order, and which read the same value.
 
 It proves nothing and need not: a layer computes the same wherever it stands, and what is guessed wrong costs an
-exchange (`layers.activation`). Three ways to know, the first that knows counts: a model's own tensor parallel plan, a
-trace of a module's forward, and how linears are registered.
+exchange (`layers.activation`). Four ways to know, the first that knows counts: a model's own tensor parallel plan, a
+trace of a module's forward, torch's transformer layers, and how linears are registered.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ class Group(NamedTuple):
     Attributes:
         names: full names of the modules; the first computes for all.
         depth: how many linears lie before them, on the longest way.
-        enters: whether the value comes from outside the FFN.
+        enters: whether the value is whole tokens: it comes from outside the FFN, or out of a norm in it.
         leaves: whether something outside reads what they write.
+        exits: whether what they write goes back to whole tokens: it leaves, or a norm in the FFN reads it.
     """
 
     names: tuple[str, ...]
     depth: int
     enters: bool
     leaves: bool
+    exits: bool
 
 
 class FFN(NamedTuple):
@@ -55,7 +57,7 @@ def find_ffns(root: nn.Module, available: Collection[str]) -> list[FFN]:
     """The FFNs among the linears `available`, in the order of their first linear."""
     found: list[FFN] = []
     left = dict.fromkeys(available)
-    for find in (_declared, _traced, _registered):
+    for find in (_declared, _traced, _torchs, _registered):
         for ffn in find(root, left):
             if all(name in left for name in ffn.names):
                 found.append(ffn)
@@ -199,15 +201,29 @@ def _connected(flows: list[Flow], wanted: set[str]) -> Iterator[tuple[Group, ...
         read_outside = {source for flow in flows if flow.name not in part for source in flow.sources}
         has_linears_around = bool(part & read_outside) and any(f.sources for f in flows if f.name in part)
         if len(part) > 1 or has_linears_around:
-            yield tuple(
-                Group(
-                    tuple(flow.name for flow in group),
-                    depth[group[0].name],
-                    enters=not set(group[0].sources) & part,
-                    leaves=any(flow.leaves or flow.name in read_outside for flow in group),
+            joined = []
+            for group in groups.values():
+                leaves = any(flow.leaves or flow.name in read_outside for flow in group)
+                joined.append(
+                    Group(
+                        tuple(flow.name for flow in group),
+                        depth[group[0].name],
+                        enters=group[0].normed or not set(group[0].sources) & part,
+                        leaves=leaves,
+                        exits=any(flow.exits or flow.name in read_outside for flow in group),
+                    )
                 )
-                for group in groups.values()
-            )
+            yield tuple(joined)
+
+
+# Torch's transformer layers: no trace goes through an encoder's
+
+
+def _torchs(root: nn.Module, left: Mapping[str, Any]) -> Iterator[FFN]:
+    """The FFNs of torch's transformer layers, of any sizes."""
+    for name, module in root.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            yield _pair((join(name, "linear1"),), join(name, "linear2"), "the two linears of torch's transformer layer")
 
 
 # How linears are registered
@@ -255,7 +271,12 @@ def _one_block(*names: str) -> bool:
 
 
 def _pair(columns: tuple[str, ...], row: str, known_by: str) -> FFN:
-    return FFN((Group(columns, 0, True, False), Group((row,), 1, False, True)), known_by)
+    return FFN((Group(columns, 0, True, False, False), Group((row,), 1, False, True, True)), known_by)
+
+
+def alone(name: str) -> FFN:
+    """An FFN of one linear."""
+    return FFN((Group((name,), 0, True, True, True),), "alone")
 
 
 # Names

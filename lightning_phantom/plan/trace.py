@@ -32,12 +32,16 @@ class Flow(NamedTuple):
         sources: the linears whose outputs its input is made from, by elementwise operations and norms alone.
         reads: what it reads; equal for those that read the same value.
         leaves: whether something else reads what is made from its output.
+        normed: whether a norm has made what it reads, which is whole tokens then.
+        exits: whether what it is the last to write into goes back to whole tokens, for a norm or for something else.
     """
 
     name: str
     sources: tuple[str, ...]
     reads: object
     leaves: bool
+    normed: bool
+    exits: bool
 
 
 def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
@@ -52,6 +56,8 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
         return None
     sources: dict[fx.Node, tuple[str, ...]] = {}
     answers: set[fx.Node] = set()  # shapes, types and numbers that come of them
+    normed: set[fx.Node] = set()
+    exiting: set[str] = set()
     for node in graph.nodes:
         reads = [read for read in node.all_input_nodes if read not in answers]
         if node.all_input_nodes and (not reads or _asks(node)):
@@ -62,6 +68,10 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
             made = [sources.get(read, ()) for read in reads]
             if made and all(made):
                 sources[node] = tuple(dict.fromkeys(name for names in made for name in names))
+                if _is_norm(node, module) or normed & set(reads):
+                    normed.add(node)
+        if node not in answers and (node not in sources or node in normed):
+            exiting.update(sources[read][-1] for read in reads if read in sources and read not in normed)
     leaving = {
         name
         for node in graph.nodes
@@ -73,7 +83,8 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
     for node in graph.nodes:
         if node.op == "call_module" and node.target in linears and node.all_input_nodes:
             read = node.all_input_nodes[0]
-            flows.append(Flow(node.target, sources.get(read, ()), read, node.target in leaving))
+            name = str(node.target)
+            flows.append(Flow(name, sources.get(read, ()), read, name in leaving, read in normed, name in exiting))
     return flows
 
 
@@ -92,6 +103,10 @@ def _by_feature(node: fx.Node, root: nn.Module) -> bool:
         return name in _METHODS
     is_operator = node.target is getattr(operator, name, None) and f"__{name}__" in _METHODS
     return node.op == "call_function" and (node.target in TABLE or is_operator)
+
+
+def _is_norm(node: fx.Node, root: nn.Module) -> bool:
+    return node.op == "call_module" and isinstance(root.get_submodule(str(node.target)), _NORMS)
 
 
 def _is_by_feature(module: nn.Module) -> bool:

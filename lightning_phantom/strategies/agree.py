@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_phantom.distributed.comm import gather_objects
@@ -72,10 +72,11 @@ class Swapper:
             for group in optimizer.param_groups:
                 group["params"] = [new for old in group["params"] for new in self._successors(old, optimizer)]
 
-    def _successors(self, old: Any, optimizer: Optimizer) -> list[Any]:
-        if id(old) not in self._replaced or self._replaced[id(old)][0]() is not old:
+    def _successors(self, old: Tensor, optimizer: Optimizer) -> list[Tensor]:
+        replaced = self._replaced.get(id(old))
+        if replaced is None or replaced[0]() is not old:
             return [old]
-        layer = self._replaced[id(old)][1]
+        layer = replaced[1]
         if optimizer.state.get(old):
             raise PhantomError(
                 f"the optimizer has taken steps with the dense weight of {layer.name!r}, and its state fits no "

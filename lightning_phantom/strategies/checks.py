@@ -87,16 +87,16 @@ def _named(optimizers: Iterable[Optimizer], names: set[str]) -> list[str]:
 
 
 def check_optimizers(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
-    """Raise PhantomError where an optimizer holds parameters from before the swap, or only a part of a layer's factors.
+    """Raise PhantomError where an optimizer holds parameters of another model, or only a part of a layer's factors.
 
-    Both train silently: the old parameters go nowhere, the missing factors stay as they are.
+    Both train silently: the others go nowhere, the missing factors stay as they are.
     """
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     stale = len(held - {id(p) for p in module.parameters()})
     if stale:
         raise PhantomError(
-            f"the optimizer holds {stale} parameters that are no longer in the model: they were collected before the "
-            f"layers were swapped. Collect them inside configure_optimizers, from self.parameters()."
+            f"the optimizer holds {stale} parameters that are not in the model, so what it trains is used nowhere. "
+            f"Collect them inside configure_optimizers, from self.parameters()."
         )
     for name, layer in split_layers(module).items():
         trainable = {key: id(p) for key, p in layer.named_parameters(recurse=False) if p.requires_grad}

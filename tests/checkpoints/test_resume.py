@@ -12,30 +12,19 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from ranks import run_ranks
 from torch.utils.data import DataLoader, RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
-from training import EMAWeightAveraging, Net, data, needs_ema, trainer
+from training import EMAWeightAveraging, Net, data, needs_ema, own, trainer, weights
 
 from lightning_phantom import PhantomStrategy
 from lightning_phantom.checkpoints.rng import rng_states, set_rng_states
-from lightning_phantom.layers.split import split_layers
 
 FORMATS = ("full", "sharded")
-
-
-def whole_weights(module):
-    layers = split_layers(module)
-    return {
-        name: layers[name.rpartition(".")[0]].global_tensor(name.rpartition(".")[2])
-        if name.rpartition(".")[0] in layers
-        else parameter.detach().clone()
-        for name, parameter in module.named_parameters()
-    }
 
 
 class Scheduled(Net):
     """Adam with momentum to lose, a schedule to forget, dropout to fall differently, batches to remember."""
 
-    def __init__(self):
-        super().__init__(dropout=0.3)
+    def __init__(self, dropout=0.3):
+        super().__init__(dropout)
         self.batches = []
 
     def training_step(self, batch, batch_idx):
@@ -67,9 +56,9 @@ def dataset(dtype):
 
 
 LOADERS = {
-    "shuffled": lambda d: DataLoader(d, batch_size=8, shuffle=True),
+    "shuffled": lambda d: DataLoader(d, batch_size=own(8), shuffle=True),
     "own sampler": lambda d: DataLoader(d, batch_size=8, sampler=RandomSampler(d)),
-    "workers": lambda d: DataLoader(d, batch_size=8, shuffle=True, num_workers=1),
+    "workers": lambda d: DataLoader(d, batch_size=own(8), shuffle=True, num_workers=1),
     "stateful": lambda d: StatefulDataLoader(d, batch_size=8, shuffle=True),
 }
 
@@ -80,10 +69,10 @@ def shared_folder():
     return folder[0]
 
 
-def run(folder, strategy, loader, callbacks=(), ckpt_path=None, precision="32-true", epochs=3, seed=11):
+def run(folder, strategy, loader, callbacks=(), ckpt_path=None, precision="32-true", epochs=3, seed=11, dropout=0.3):
     """Train three epochs of four steps; return the module with what it saw, and the generators at the end."""
     L.seed_everything(seed, verbose=False)
-    module = Scheduled()
+    module = Scheduled(dropout)
     t = trainer(
         folder,
         strategy=PhantomStrategy(num_blocks=4, **strategy),
@@ -98,7 +87,7 @@ def run(folder, strategy, loader, callbacks=(), ckpt_path=None, precision="32-tr
     return {
         "losses": module.losses,
         "batches": module.batches,
-        "weights": whole_weights(module),
+        "weights": weights(module),
         "adam": [v for state in states.values() for v in state.values()],
         "lr": t.optimizers[0].param_groups[0]["lr"],
         "rng": rng_states(),
@@ -118,16 +107,19 @@ def same(a, b, start):
 
 
 def _bit_for_bit():
+    """Every loader in one format; in the other one those that stop at the end of an epoch and within one."""
+    ends = [("shuffled", 4), ("stateful", 6)]
+    every = [*ends, ("own sampler", 8), ("workers", 4), ("stateful", 8)]
     results = {}
-    for kind in FORMATS:
-        for loader, step in (("shuffled", 4), ("own sampler", 8), ("workers", 4), ("stateful", 6), ("stateful", 8)):
+    for kind, loaders in zip(FORMATS, (every, ends) if dist.get_world_size() > 1 else (ends, every), strict=True):
+        for loader, step in loaders:
             folder = shared_folder()
             path = f"{folder}/a.ckpt"
             strategy = {"state_dict_type": kind}
             uninterrupted = run(folder, strategy, loader, [SaveAt(step, path)])
             # Another seed: nothing may come from anywhere but the checkpoint.
             resumed = run(folder, strategy, loader, ckpt_path=path, seed=11 if loader != "own sampler" else 12)
-            results[kind, loader, step] = same(uninterrupted, resumed, step)
+            results[kind, loader, step] = same(uninterrupted, resumed, step), resumed["rng"]["torch"]
             dist.barrier()
             if dist.get_rank() == 0:
                 shutil.rmtree(folder)
@@ -136,79 +128,76 @@ def _bit_for_bit():
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_resume_is_bit_for_bit(size):
-    for result in run_ranks(size, _bit_for_bit, timeout_s=400):
-        for case, equal in result.items():
+    results = run_ranks(size, _bit_for_bit, timeout_s=400)
+    for result in results:
+        for case, (equal, _) in result.items():
             assert all(equal.values()), (case, equal)
+    for case, (_, generator) in results[0].items():  # each rank has its own
+        assert not any(torch.equal(generator, result[case][1]) for result in results[1:]), case
 
 
-def _write(folder, precision):
-    """Save at step 4 in both formats; return the losses of the uninterrupted run."""
-    losses = {}
-    for kind in FORMATS:
-        path = f"{folder}/{kind}-{precision}.ckpt"
-        losses[kind] = run(
-            folder, {"state_dict_type": kind}, "shuffled", [SaveAt(4, path)], precision=precision, epochs=8
-        )
-    return {kind: result["losses"][4:] for kind, result in losses.items()}
+def long(folder, strategy, **kwargs):
+    """Four epochs in 64 bits, with the same masks on any number of ranks: none."""
+    return run(folder, strategy, "shuffled", precision="64-true", epochs=4, dropout=0.0, **kwargs)["losses"]
 
 
-def _write_both(folder):
-    return {precision: _write(folder, precision) for precision in ("32-true", "64-true")}
-
-
-def _resume_both(folder, strategy):
+def _written(folder):
+    """Save at step 4 in both formats; return the losses of the uninterrupted runs from there."""
     return {
-        (precision, kind): run(
-            folder, strategy, "shuffled", ckpt_path=f"{folder}/{kind}-{precision}.ckpt", precision=precision, epochs=8
-        )["losses"]
-        for precision in ("32-true", "64-true")
+        kind: long(folder, {"state_dict_type": kind}, callbacks=[SaveAt(4, f"{folder}/{kind}.ckpt")])[4:]
         for kind in FORMATS
     }
 
 
-def test_resume_on_other_ranks(tmp_path):
-    expected = run_ranks(2, _write_both, str(tmp_path))[0]
-    for size in (1, 4):
-        for losses in run_ranks(size, _resume_both, str(tmp_path), {}):
-            for (precision, kind), got in losses.items():
-                want = torch.tensor(expected[precision][kind], dtype=torch.float64)
-                error = ((torch.tensor(got, dtype=torch.float64) - want) / want).abs()
-                limit = (1e-9, 1e-9) if precision == "64-true" else (1e-6, 1e-4)
-                assert len(want) == 28
-                assert error[0] < limit[0] and error[:20].max() < limit[1], (size, precision, kind, error)
-
-
-def _replicas(folder):
-    """Resume a checkpoint of one replica on two: other batches, but the same weights to begin with."""
-    seen = {}
-    for kind in FORMATS:
-        module = Scheduled()
-        t = trainer(folder, strategy=PhantomStrategy(num_blocks=4, data_parallel_size=2), max_epochs=1)
-        t.validate(module, DataLoader(dataset(torch.float32), batch_size=8), ckpt_path=f"{folder}/{kind}-32-true.ckpt")
-        seen[kind] = whole_weights(module)
-        run(folder, {"data_parallel_size": 2}, "shuffled", ckpt_path=f"{folder}/{kind}-32-true.ckpt", epochs=2)
+def _resumed(folder, layouts):
+    """Go on from what two ranks have saved: losses, and the weights to begin with."""
+    seen = []
+    for sizes in layouts:
+        losses, start = {}, {}
+        for kind in FORMATS:
+            path = f"{folder}/{kind}.ckpt"
+            losses[kind] = long(folder, sizes, ckpt_path=path)
+            module = Scheduled()
+            t = trainer(folder, strategy=PhantomStrategy(num_blocks=4, **sizes), precision="64-true")
+            t.validate(module, DataLoader(dataset(torch.float64)), ckpt_path=path)
+            start[kind] = weights(module)
+        seen.append((losses, start))
     return seen
 
 
-def test_resume_on_more_replicas(tmp_path):
-    run_ranks(2, _write, str(tmp_path), "32-true")
-    factors = torch.load(tmp_path / "full-32-true.ckpt", weights_only=True)["phantom"]["factors"]
-    (entry,) = [entry["tensors"] for entry in factors if entry["path"] == ["state_dict"]]
-    for result in run_ranks(4, _replicas, str(tmp_path)):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    return folder, run_ranks(2, _written, str(folder))
+
+
+@pytest.mark.parametrize(("size", "layouts"), [(1, [{}]), (4, [{}, {"phantom_parallel_size": 2}])])
+def test_resume_on_other_ranks(written, size, layouts):
+    """The ranks' mean losses go on, from the very same weights."""
+    folder, results = written
+    factors = torch.load(folder / "full.ckpt", weights_only=True)["phantom"]["factors"]
+    (saved,) = [entry["tensors"] for entry in factors if entry["path"] == ["state_dict"]]
+    by_rank = run_ranks(size, _resumed, str(folder), layouts)
+    for n, sizes in enumerate(layouts):
         for kind in FORMATS:
-            assert all(torch.equal(result[kind][name], tensor) for name, tensor in entry.items())
+            want = torch.tensor([result[kind] for result in results], dtype=torch.float64).mean(0)
+            got = torch.tensor([result[n][0][kind] for result in by_rank], dtype=torch.float64).mean(0)
+            error = ((got - want) / want).abs()
+            assert len(want) == 12 and error.max() < 1e-9, (size, sizes, kind, error)
+            for result in by_rank:
+                assert all(torch.equal(result[n][1][kind][name], tensor) for name, tensor in saved.items())
 
 
-def test_torchs_own_tools_read_a_sharded_checkpoint(tmp_path):
+def test_torchs_own_tools_read_a_sharded_checkpoint(written, tmp_path):
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-    run_ranks(2, _write, str(tmp_path), "32-true")
-    path = tmp_path / "sharded-32-true.ckpt"
+    folder, _ = written
+    path = folder / "sharded.ckpt"
     version = path / (path / "current").read_text().strip()
     assert [p.name for p in path.iterdir() if p.is_dir()] == [version.name]
     dcp_to_torch_save(version, tmp_path / "plain.pt")
     plain = torch.load(tmp_path / "plain.pt", weights_only=True)
-    full = torch.load(tmp_path / "full-32-true.ckpt", weights_only=True)["phantom"]["factors"][0]["tensors"]
+    full = torch.load(folder / "full.ckpt", weights_only=True)["phantom"]["factors"][0]["tensors"]
     for name, tensor in full.items():
         assert torch.equal(plain[f"state_dict/{name}"], tensor), name
 

@@ -7,16 +7,20 @@ import pytest
 import torch
 from background import program
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from benchmarks.ffn import RandomVectors
 from lightning_phantom.commands.cli import main
-from lightning_phantom.commands.compare.methods import torch_plan
+from lightning_phantom.commands.compare.methods import SharedBatches, torch_plan
 from lightning_phantom.commands.compare.options import parse
 from lightning_phantom.commands.compare.report import summarise
 from lightning_phantom.commands.compare.trial import Memory
 from lightning_phantom.cost.count import estimate_cost
+from lightning_phantom.cost.data_parallel import estimate_data_parallel
 from lightning_phantom.errors import PhantomError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = """
 seed_everything: 3
 trainer:
@@ -60,24 +64,29 @@ def test_compare_on_two_ranks(outcome):
         assert [loss[0] for loss in figures["losses"]] == [2, 4, 6]
         assert len(figures["step_s"]["rounds"]) == 2
         assert figures["tokens_per_s"] == pytest.approx(7 * figures["samples_per_s"])
-        assert figures["samples_per_s"] * figures["step_s"]["median"] == pytest.approx(16)
+        assert figures["samples_per_s"] * figures["step_s"]["median"] == pytest.approx(2 * 16)  # the same for all
         assert f"{figures['val_loss']:.4f}" in out, method
     for method in ("tensor_parallel", "tensor_parallel_layerwise", "torch"):
         for mine, dense in zip(methods[method]["losses"], methods["dense"]["losses"], strict=True):
             assert mine[2] == pytest.approx(dense[2], rel=2e-6)  # another order of batches: 1.5e-5
     assert methods["phantom"]["losses"] != methods["dense"]["losses"]
     # The data need no gradient: the cost model's, without the entry's.
-    expected = estimate_cost([(32, 32)] * 4, 2, 4, 2, 16, entry_needs_grad=False)
-    for method, cost in (
-        ("tensor_parallel", expected.tensor_parallel),
-        ("tensor_parallel_layerwise", expected.tensor_parallel_layerwise),
-        ("phantom", expected.phantom),
+    expected = estimate_cost([(32, 32)] * 4, 2, 4, 2, 2 * 16, entry_needs_grad=False)
+    for method, cost, averaged in (
+        ("tensor_parallel", expected.tensor_parallel, 2 * 32 * 4),  # biases of row-parallel layers
+        ("tensor_parallel_layerwise", expected.tensor_parallel_layerwise, 0),
+        ("phantom", expected.phantom, 0),
     ):
-        assert (methods[method]["sent_bytes"], methods[method]["calls"]) == (cost.sent_bytes, cost.calls), method
+        sent = cost.sent_bytes + averaged
+        assert (methods[method]["sent_bytes"], methods[method]["calls"]) == (sent, cost.calls), method
+        assert methods[method]["gradient_bytes"] == averaged
         assert methods[method]["weights"] == cost.weights
         assert methods[method]["waited_s"] > 0
     assert methods["torch"]["weights"] == expected.tensor_parallel.weights
-    assert (methods["dense"]["weights"], methods["dense"]["calls"]) == (4 * (32 * 32 + 32), 0)
+    ddp = estimate_data_parallel([(32, 32)] * 4, 2, 2 * 16).ddp
+    assert (methods["dense"]["weights"], methods["dense"]["sent_bytes"]) == (ddp.weights, ddp.sent_bytes)
+    assert methods["dense"]["waited_s"] is None
+    assert result["steps_over_dense"]["dense"]["median"] == 1
     assert result["ratios"][result["fastest_tp"]]["step"]["median"] == 1
     assert result["environment"]["ranks"] == 2
     assert not any("learning rate" in warning for warning in result["warnings"])  # phantom was given its own
@@ -140,6 +149,7 @@ def test_memory_is_the_peak_of_what_came_after():
 
 def measured(step_s=1.0, **changes):
     figures = {"weights": 10, "steps_s": [step_s] * 3, "samples": 4, "sent_bytes": 8.0, "calls": 2.0, "waited_s": 0.1}
+    figures["gradient_bytes"] = 2.0
     return {**figures, "peak_bytes": 100, "losses": [(1, 1.0, 0.9), (2, 2.0, 0.5)], "energy": None, **changes}
 
 
@@ -169,7 +179,9 @@ def test_ratios_are_over_the_fastest_tensor_parallelism_round_by_round(config):
     assert with_torch["fastest_tp"] == "torch" and with_torch["methods"]["torch"]["sent_bytes"] is None
     assert with_torch["ratios"]["phantom"]["step"]["median"] == 0.5
     assert with_torch["ratios"]["phantom"]["sent_bytes"] == 1.0  # over Megatron's pairs', the only ones counted
-    assert result["methods"]["phantom"]["samples_per_s"] == pytest.approx(4 / 1.5)
+    assert result["methods"]["phantom"]["samples_per_s"] == pytest.approx(2 * 4 / 1.5)  # each rank reads its own
+    assert with_torch["methods"]["torch"]["samples_per_s"] == pytest.approx(4)
+    assert result["methods"]["phantom"]["sent_bytes"] == 10 and result["methods"]["phantom"]["gradient_bytes"] == 2
     assert any("tensor_parallel, phantom differ" in warning for warning in result["warnings"])
 
 
@@ -177,12 +189,11 @@ def test_unfair_comparisons_are_called_so(config):
     plain = summary(config, runs_of(tensor_parallel=[1.0], phantom=[1.0]))["warnings"]
     assert any("learning rate was not tuned" in warning for warning in plain)
     assert any("fair control" in warning for warning in plain)
-    assert not any("cores" in warning or "not quiet" in warning or "Dense" in warning for warning in plain)
+    assert not any("cores" in warning or "not quiet" in warning for warning in plain)
     tuned = summary(config, runs_of(tensor_parallel=[1.0], phantom=[1.0]), "--set", "phantom.model.lr=0.1")["warnings"]
     assert not any("learning rate" in warning for warning in tuned)
     crowded = summary(config, runs_of(dense=[1.0]), ranks=4)["warnings"]
     assert any("more busy threads than cores" in warning for warning in crowded)
-    assert any("to themselves" in warning for warning in crowded)
     silent = [{"method": "tensor_parallel", "round": 0, "ranks": [measured(losses=[])]}]
     assert any("--monitor" in warning for warning in summary(config, silent)["warnings"])
 
@@ -227,10 +238,71 @@ def test_what_makes_no_sense_is_refused_before_anything_starts(config, arguments
     assert message in capsys.readouterr().err
 
 
-def test_torch_is_left_out_where_it_has_no_style():
-    styles = torch_plan(nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), 2)[1]
-    assert [type(style).__name__ for style in styles.values()] == [
-        *("ColwiseParallel", "RowwiseParallel", "ColwiseParallel")
-    ]
+def test_torch_reads_what_ranks_with_batches_of_their_own_read_together(monkeypatch):
+    data = torch.arange(24)
+
+    def loader(replicas, rank, **settings):
+        sampler = DistributedSampler(data, replicas, rank, shuffle=True, seed=5)
+        return DataLoader(data, **{"batch_size": 4, "sampler": sampler, **settings})
+
+    monkeypatch.setattr(SharedBatches, "world_size", 2)
+    strategy = SharedBatches(1, 2)
+    shared = strategy.process_dataloader(loader(1, 0, collate_fn=torch.tensor))
+    own = [list(loader(2, rank)) for rank in range(2)]
+    assert len(shared) == len(own[0]) == 3
+    for batch, *parts in zip(shared, *own, strict=True):
+        assert sorted(batch.tolist()) == sorted(torch.cat(parts).tolist())
+    for unfit in (DataLoader(data, batch_size=4), loader(1, 0, batch_size=None), [1, 2]):
+        with pytest.raises(PhantomError, match=r"its ranks read the same batches, and of a (DataLoader|list) none"):
+            strategy.process_dataloader(unfit)
+
+
+class Streamed(RandomVectors):
+    def train_dataloader(self):
+        class Stream(IterableDataset):
+            def __iter__(stream):
+                return iter(self.train)
+
+        return DataLoader(Stream(), batch_size=self.samples)
+
+
+def test_torch_is_left_out_where_its_batches_cannot_be_made(tmp_path, monkeypatch, capsys):
+    alone(monkeypatch)
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "run.yaml").write_text(CONFIG.replace("benchmarks.ffn.RandomVectors", "test_compare.Streamed"))
+    files = ["--config", str(tmp_path / "run.yaml"), "--json", str(tmp_path / "c.json")]
+    main(["compare", *files, "--methods", "torch,dense", "--rounds", "2", "--steps", "1", "--warmup", "2"])
+    result = json.loads((tmp_path / "c.json").read_text())
+    assert list(result["methods"]) == ["dense"] and len(result["runs"]) == 2
+    assert "Left out: torch: its ranks read the same batches, and of a DataLoader none" in capsys.readouterr().out
+
+
+def test_torchs_styles():
+    def styles(module):
+        return {
+            name: (type(style).__name__.removesuffix("Parallel"), *style.input_layouts, *style.output_layouts)
+            for name, style in torch_plan(module, 2)[1].items()
+        }
+
+    sharded, whole = Shard(-1), Replicate()
+    three = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    ends = {"1": ("Rowwise", sharded, whole), "2": ("Colwise", whole, whole)}
+    assert styles(three) == {"0": ("Colwise", whole, sharded)} | ends
+    normed = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+    assert styles(normed) == {"0": ("Colwise", whole, whole), "2": ("Rowwise", whole, whole)}
     with pytest.raises(PhantomError, match="nothing in Sequential qualifies"):
         torch_plan(nn.Sequential(nn.LayerNorm(8)), 2)
+    with pytest.raises(PhantomError, match="'d' may read what lies in two ways"):
+        torch_plan(Tapped(), 2)
+
+
+class Tapped(nn.Module):
+    """One column-parallel layer's output is read outside, and another's is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        a = self.a(x)
+        return self.d(self.c(self.b(a))), a.softmax(-1)

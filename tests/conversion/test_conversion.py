@@ -21,7 +21,7 @@ from lightning_phantom.commands.cli import main
 from lightning_phantom.conversion import calibrate
 from lightning_phantom.conversion import checkpoints as conversion
 from lightning_phantom.conversion.calibrate import Moments, calibrated, improve_columns, record_inputs, refit
-from lightning_phantom.distributed.comm import Ranks
+from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.layers.factors import Blocks, Factors, from_dense, merge, random_factors, to_dense
 from lightning_phantom.layers.split import split_layers
 
@@ -379,12 +379,12 @@ def test_a_conversion_that_is_killed_while_it_writes_leaves_the_old_file(folder,
     if child == 0:
         monkeypatch.setattr(torch, "save", half)
         try:
-            convert("dense.ckpt", "x.ckpt", "--config", "run.yaml", "--num-blocks", 2, "--force")
+            convert("dense.ckpt", "x.ckpt", "--config", "run.yaml", "--phantom-width", 1, "--force")
         finally:
             os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert (folder / "x.ckpt").read_bytes() == old
-    convert("dense.ckpt", "x.ckpt", "--config", "run.yaml", "--num-blocks", 2, "--force")
+    convert("dense.ckpt", "x.ckpt", "--config", "run.yaml", "--phantom-width", 1, "--force")
     assert [name for name in os.listdir() if name.startswith(".")] == []
 
 

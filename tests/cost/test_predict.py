@@ -10,30 +10,32 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_phantom.commands.cli import main
 from lightning_phantom.commands.recipe import Recipe
-from lightning_phantom.cost.count import ELEMENT_BYTES, Layer, estimate_cost, layouts_in_pairs
+from lightning_phantom.cost.count import ELEMENT_BYTES, Group, estimate_cost
+from lightning_phantom.cost.data_parallel import Rest, estimate_data_parallel
+from lightning_phantom.cost.layer import Layer, as_layers, is_row
 from lightning_phantom.cost.predict import (
     METHODS,
-    Group,
     Machine,
     Stage,
     Work,
     exact_stages,
-    in_layers,
     phantom_stages,
     predict,
     step_time,
 )
 from lightning_phantom.cost.scale import Setting, best, stops_paying
 from lightning_phantom.distributed import comm
+from lightning_phantom.errors import PhantomError
 from lightning_phantom.measure.machine import nonnegative_fit
 from lightning_phantom.measure.simulate import FilledRanks, simulate
 
 MACHINE = Machine(4e10, 1e10, 1e-5, 1e9, 1e-4)
 CHAIN = [
-    Layer(64, 128, input_layout="replicated", needs_input_grad=False),
+    Layer(64, 128, enters=True, needs_input_grad=False),
     Layer(128, 256),
     Layer(128, 256, shares_input=True),
-    Layer(256, 64, output_layout="replicated"),
+    Layer(256, 64, leaves=True),
+    Layer(64, 64, enters=True, leaves=True, depth=3),  # behind a norm
 ]
 CONFIG = """
 trainer: {accelerator: cpu}
@@ -45,22 +47,16 @@ model:
 
 @pytest.mark.parametrize(("p", "ranks"), [(4, 1), (4, 2), (8, 8)])
 def test_stages_hold_the_work_and_the_bytes_of_the_cost_model(p, ranks):
-    group, k, tokens = Group(ranks, 96, 4), 2, 96
-    in_pairs = layouts_in_pairs(CHAIN)
+    group, k, tokens, layers = Group(ranks, 96, 4), 2, 96, as_layers(CHAIN)
     stages = {
-        "phantom": [s for layer in CHAIN for s in phantom_stages(layer, p, k, group)],
-        "tensor_parallel": [
-            s
-            for layer, both in zip(CHAIN, in_pairs, strict=True)
-            for s in exact_stages(layer, both, both[:2] == ("sharded", "replicated"), group)
-        ],
-        "tensor_parallel_layerwise": [
-            s for layer in CHAIN for s in exact_stages(layer, in_layers(layer), False, group)
-        ],
+        "phantom": [s for layer in layers for s in phantom_stages(layer, p, k, group)],
+        "tensor_parallel": [s for layer in layers for s in exact_stages(layer, is_row(layer), group)],
+        "tensor_parallel_layerwise": [s for layer in layers for s in exact_stages(layer, False, group)],
     }
     estimate = estimate_cost(CHAIN, p, k, ranks, tokens)
     for method, those in stages.items():
         cost = getattr(estimate, method)
+        assert sum(s.work.flops for s in those if s.backward) == cost.flops_backward
         assert sum(s.work.flops for s in those) == cost.flops
         assert sum(s.calls for s in those) == cost.calls
         assert sum(s.sent_bytes for s in those) == cost.sent_bytes
@@ -74,6 +70,26 @@ def test_a_collective_is_waited_for_only_beyond_the_work_beside_it():
     assert (time.compute_s, time.communication_s, time.waited_s, time.seconds) == (5.0, 6.0, 2.0, 7.0)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_hidden_and_what_is_waited_for(method):
+    """With an infinite rate of products everything sent is waited for; with none, what cannot be hidden."""
+    layers = [Layer(64, 64, enters=True), Layer(64, 64, leaves=True)]
+
+    def waited(machine):
+        return predict(layers, 4, 2, 2, 96, machine)[method]
+
+    slow, fast = (waited(Machine(rate, float("inf"), 0.0, 1e9, 0.0)) for rate in (1e-3, float("inf")))
+    assert slow.communication_s == fast.communication_s == pytest.approx(fast.waited_s)
+    exchange, gathered = 96 * 64 * 4 // 4 / 1e9, 96 * 64 * 4 // 2 / 1e9
+    expected = {
+        "dense": 0.0,  # gradients, behind the backward
+        "tensor_parallel": gathered,  # the sum of the row-parallel layer
+        "tensor_parallel_layerwise": 2 * exchange,  # the exit there and back
+        "phantom": 4 * exchange,
+    }
+    assert slow.waited_s == pytest.approx(expected[method])
+
+
 def test_predicted_times_follow_the_counts():
     compute_only = Machine(1e9, float("inf"), 0.0, float("inf"), 0.0)
     times = predict(CHAIN, 4, 2, 2, 96, compute_only)
@@ -81,7 +97,11 @@ def test_predicted_times_follow_the_counts():
     assert set(times) == set(METHODS)
     for method in METHODS[1:]:
         assert times[method].seconds == pytest.approx(getattr(estimate, method).flops / 1e9)
-    assert times["dense"].seconds == pytest.approx(2 * times["tensor_parallel"].seconds)
+    assert times["dense"].seconds == pytest.approx(times["tensor_parallel"].seconds)  # half of the tokens each
+    rest = Rest((Layer(64, 80),), 1000)
+    rest_flops = estimate_data_parallel(rest.layers, 2, 96).ddp.flops
+    for method, time in predict(CHAIN, 4, 2, 2, 96, compute_only, rest=rest).items():
+        assert time.seconds == pytest.approx(times[method].seconds + rest_flops / 1e9)
 
 
 def test_nonnegative_fit():
@@ -104,25 +124,46 @@ def test_the_sweep_ends_where_phantom_stops_paying():
         assert row.ratio("weights") == pytest.approx(1 / p + p * 4 / 1024, rel=0.01)
     end = stops_paying(rows)
     assert end is rows[-1] and end.ratio("flops") >= 1 > rows[-2].ratio("flops")
+    assert (rows[0].dense_ratio("weights"), rows[0].dense_ratio("flops")) == (
+        pytest.approx(rows[0].ratio("weights") / 2, rel=0.01),
+        pytest.approx(rows[0].ratio("flops")),
+    )
     on_four = setting.sweep(4)
     assert [row.num_blocks for row in on_four] == [4, 8, 16, 32, 64, 128, 256]
     assert best(on_four).num_blocks == 16
 
 
+def test_the_rest_of_a_model_costs_every_method_alike():
+    layers, rest = (Layer(64, 64, enters=True), Layer(64, 64, leaves=True)), Rest((Layer(64, 96, False),), 500)
+    alone, whole = (Setting(layers, 4, 128, "float32", MACHINE, r).scale(4, 4) for r in (Rest(), rest))
+    for method in METHODS:
+        more, less = whole.costs[method], alone.costs[method]
+        assert more.weights - less.weights == 64 * 96 + 500
+        assert more.flops_forward - less.flops_forward == 2 * 32 * 64 * 96
+        assert more.weight_bytes - less.weight_bytes == 2 * 3 * 4 * (64 * 96 + 500) // 4
+        assert more.layer_bytes == less.layer_bytes
+    assert whole.ratio("flops") > alone.ratio("flops")
+    assert whole.costs["dense"].weights == 2 * (64 * 64 + 64) + 64 * 96 + 500
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_simulated_rank_holds_its_shard_and_sends_what_the_model_says(dtype):
     layers = [
-        Layer(512, 1024, input_layout="replicated", phantom_width=2),
+        Layer(512, 1024, enters=True, phantom_width=2),
         Layer(1024, 512, phantom_width=2),
-        Layer(512, 512, output_layout="replicated", phantom_width=2),
+        Layer(1024, 512, phantom_width=2, shares_input=True),
+        Layer(512, 512, leaves=True, phantom_width=2),
+        Layer(512, 512, enters=True, leaves=True, phantom_width=2),
     ]
-    estimate = estimate_cost(layers, 64, 2, 64, 32, dtype)
-    measured = simulate(layers, 64, 64, 32, dtype)
+    estimate = estimate_cost(layers, 64, 2, 64, 128, dtype)
+    measured = simulate(layers, 64, 64, 128, dtype)
     for method, one in measured.items():
         cost = getattr(estimate, method)
         assert (one.weights, one.sent_bytes, one.calls) == (cost.weights, cost.sent_bytes, cost.calls), method
         assert one.compute_s > 0 and one.tensor_bytes > 2 * cost.weights * ELEMENT_BYTES[dtype]
     assert not torch.distributed.is_initialized()
+    with pytest.raises(PhantomError, match="100 tokens on 64 ranks"):
+        simulate(layers, 64, 64, 100, dtype)
 
 
 def test_what_fake_collectives_bring_is_filled_in(monkeypatch):
@@ -130,17 +171,26 @@ def test_what_fake_collectives_bring_is_filled_in(monkeypatch):
         def wait(self):
             pass
 
-    def leave_garbage(output, given, **kwargs):
+        def is_completed(self):
+            return True
+
+    def leave_garbage(output, given, *sizes, **kwargs):
         output.fill_(float("nan"))
         return Nothing()
 
     monkeypatch.setattr(comm, "_all_gather_single", leave_garbage)
     monkeypatch.setattr(comm, "_reduce_scatter_single", leave_garbage)
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", leave_garbage)
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     ranks = FilledRanks(torch.distributed.group.WORLD)
-    shard, parts = torch.randn(16, 4), torch.randn(8, 16, 4)
-    assert torch.equal(ranks.all_gather(shard)(), shard.expand(8, 16, 4))
-    assert torch.equal(ranks.reduce_scatter(parts)(), parts[0])
+    rows = ranks.agreement.enter("a layer", 16, "")
+    assert rows.counts == (16,) * 8
+    shard, parts, own = torch.randn(16, 4), torch.randn(8, 16, 4), torch.randn(16, 32)
+    assert torch.equal(ranks.all_gather(shard, rows, "")(), shard.expand(8, 16, 4))
+    assert torch.equal(ranks.reduce_scatter(parts, rows, "")(), parts[0])
+    inside = ranks.to_features(own, rows, "")()
+    assert torch.equal(inside, torch.cat(own.chunk(8, 1)))
+    assert torch.equal(ranks.to_tokens(inside, rows, "")(), own)
     assert ranks.seconds > 0
 
 
@@ -161,13 +211,15 @@ def test_plan_command(tmp_path, capsys):
     assert methods["phantom"]["sent_bytes"] == expected.phantom.sent_bytes
     assert methods["tensor_parallel"]["flops"] == expected.tensor_parallel.flops
     assert methods["dense"]["weights"] == 3 * (64 * 64 + 64)
+    assert methods["dense"]["sent_bytes"] == 3 * (64 * 64 + 64) * 4 and methods["dense"]["flops"] == 3 * 6 * 128 * 64**2
     assert result["machine_origin"] == dict.fromkeys(("flops_per_s", "latency_s", "link_bytes_per_s"), "given")
     assert f"{methods['phantom']['weights']:,}" in out
 
 
 def test_plan_command_simulates(tmp_path, capsys):
-    out, result = run_plan(tmp_path, capsys, "--simulate-ranks", "16", "--phantom-width", "1", *RATES)
-    assert "One of 16 ranks, p=16" in out
+    arguments = ("--simulate-ranks", "16", "--phantom-width", "1", "--tokens", "250", *RATES)
+    out, result = run_plan(tmp_path, capsys, *arguments)
+    assert "One of 16 ranks, p=16" in out and "256 tokens" in out  # as many for each rank
     simulation = result["simulation"]
     for method, one in simulation["measured"].items():
         assert one["sent_bytes"] == simulation["methods"][method]["sent_bytes"]

@@ -17,7 +17,10 @@ def run_ranks(n, function, *args, timeout_s=240):
     # Forked from a process that has done nothing but import: a start takes tenths of a second, not ten seconds.
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(
-        ["lightning_phantom.commands.cli", "torchmetrics.classification", "torch.distributed.checkpoint"]
+        [
+            *("lightning_phantom.commands.cli", "torchmetrics.classification", "torch.distributed.checkpoint"),
+            "transformers.models.llama.modeling_llama",
+        ]
     )
     queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:

@@ -13,6 +13,7 @@ from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_phantom
+from lightning_phantom.layers.split import split_layers
 
 try:
     from lightning.pytorch.callbacks import EMAWeightAveraging
@@ -29,8 +30,17 @@ def quiet():
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def weights(module):
+    """Every parameter, whole."""
+    layers, whole = split_layers(module), {}
+    for name, parameter in module.named_parameters():
+        owner, _, key = name.rpartition(".")
+        whole[name] = layers[owner].global_tensor(key) if owner in layers else parameter.detach().clone()
+    return whole
+
+
 class Net(L.LightningModule):
-    """A plain module: chain with dropout, a replicated part with dropout, metrics."""
+    """A plain module: an FFN with dropout, a replicated part with dropout, metrics."""
 
     def __init__(self, dropout=0.2, lr=0.05, optimizer=torch.optim.SGD):
         super().__init__()
@@ -80,6 +90,24 @@ def data(n=64, dtype=torch.float32, seed=0):
     x = torch.randn(n, 16, generator=generator, dtype=torch.float64)
     y = (x @ torch.randn(16, 5, generator=generator, dtype=torch.float64)).argmax(-1)
     return TensorDataset(x.to(dtype), y)
+
+
+class Attentive(Net):
+    """A transformer of torch's layers, which reads the features as 4 tokens."""
+
+    def __init__(self, **kwargs):
+        super().__init__(dropout=0.0, **kwargs)
+        block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.enter, self.net = nn.Linear(4, 16), nn.TransformerEncoder(block, 1, enable_nested_tensor=False)
+        del self.norm
+
+    def forward(self, x):
+        return self.tail(self.net(self.enter(x.unflatten(1, (4, 4)))).mean(1))
+
+
+def own(batch_size):
+    """A rank's share of a batch."""
+    return batch_size // (dist.get_world_size() if dist.is_initialized() else 1)
 
 
 def loader(n=64, batch_size=8, shuffle=False, **kwargs):

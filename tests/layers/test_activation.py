@@ -127,7 +127,10 @@ def table():
             assert result is mine[0], name
         assert same(result, expected), name
         if isinstance(expected, torch.Tensor) and expected.requires_grad:
-            expected.sum().backward()
+            try:
+                expected.sum().backward()
+            except RuntimeError:  # it has no derivative
+                continue
             result.sum().backward()
             assert torch.allclose(leaf.grad, plain_leaf.grad, rtol=1e-10, atol=1e-10, equal_nan=True), name
         checked.add(name)

@@ -1,11 +1,14 @@
-"""Swapped modules on one process, exported and compiled: the same function, with the same gradients."""
+"""Swapped modules, exported and compiled: the same function, with the same gradients; on several ranks with breaks."""
 
 import itertools
 import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import run_ranks
 from torch import nn
+from torch.nn import functional as F
 
 from examples.lm import LanguageModel
 from lightning_phantom import PhantomConfig, PhantomLinear, phantomize_
@@ -24,7 +27,7 @@ class Gated(nn.Module):
         self.gate, self.up, self.down = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 16)
 
     def forward(self, x):
-        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 def mlp():
@@ -114,11 +117,74 @@ def test_traced_and_eager_agree_in_values_and_gradients(monkeypatch):
             assert torch.allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
-def test_the_guard_of_a_chain_outlives_an_export():
+def test_a_wrong_width_is_named_in_an_export():
     module, x = swapped("mlp")
-    module.eval()
-    torch.export.export(module, (x,))
-    with pytest.raises(LayoutError, match="outside the forward"):
-        module[0](x)
-    with pytest.raises(LayoutError, match="last size must be 16"):
+    with pytest.raises(LayoutError, match="last size must be in_features=16"):
         torch.export.export(module, (x[..., :8],))
+
+
+# On several ranks
+
+
+class Block(nn.Module):
+    """A block of a transformer around its FFN, with something between the FFN's two linears."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.between = between
+
+    def forward(self, x):
+        return x + 2 * self.down(self.between(self.up(self.norm(x))))
+
+
+class Between(nn.Module):
+    """What treats each feature alone, what asks for a size, and what mixes the features, before the next linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 32))
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, z):
+        z = self.drop(F.gelu(z) * z.shape[-1] ** -0.5)
+        z = z.softmax(-1) * self.scale
+        z += 0.1
+        return z
+
+
+def compiled_in_part():
+    """By what is compiled: whether values and gradients are those of the same module as it is."""
+    seen = {}
+    for between in (nn.GELU(), Between()):
+        torch.manual_seed(0)
+        block = phantomize_(
+            Block(between), PhantomConfig(4, plan={"up": "phantom", "down": "phantom"}), dist.group.WORLD
+        )
+        block.double()
+
+        def values(call, x, block=block):
+            block.zero_grad()
+            x = x.clone().requires_grad_()
+            out = call(x)
+            out.square().sum().backward()
+            return [out, x.grad, *(p.grad.clone() for p in block.parameters())]
+
+        batches = [torch.randn(rows + dist.get_rank(), 16, dtype=torch.float64) for rows in (3, 3, 5, 0)]
+        plain = [values(block, x) for x in batches]
+        for what in ("block", "what lies between"):
+            torch._dynamo.reset()
+            call = block if what != "block" else torch.compile(block, backend="aot_eager")
+            block.between = between if what == "block" else torch.compile(between, backend="aot_eager")
+            seen[type(between).__name__, what] = all(
+                torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+                for x, wanted in zip(batches, plain, strict=True)
+                for a, b in zip(values(call, x), wanted, strict=True)
+            )
+            block.between = between
+    return seen
+
+
+def test_compiled_around_activations_of_several_ranks():
+    for seen in run_ranks(2, compiled_in_part):
+        assert len(seen) == 4 and all(seen.values()), seen

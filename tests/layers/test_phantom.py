@@ -1,8 +1,12 @@
-"""The operator against the dense oracle, on one rank and on several; its collectives counted and placed."""
+"""The operator against the dense oracle, on one rank and on several; its collectives counted and placed.
+
+Start here: a new layer's test begins as a copy of this one, with its own dense weight in tests/helpers/reference.py.
+"""
 
 import itertools
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +16,13 @@ from reference import dense_weight, oracle
 from torch import nn
 
 from lightning_phantom.config import PhantomConfig
-from lightning_phantom.cost.count import Layer, estimate_cost
+from lightning_phantom.cost.count import estimate_cost
 from lightning_phantom.distributed import comm
+from lightning_phantom.distributed.agreement import agreement_of
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.layers.activation import ShardedActivation
 from lightning_phantom.layers.phantom import PhantomLinear
+from lightning_phantom.layers.split import split_layers
 from lightning_phantom.swap import phantomize_
 
 SHAPES = [(5,), (2, 3), (2, 3, 2)]
@@ -34,29 +41,46 @@ def shard(tensor, rank, size):
     return tensor.chunk(size)[rank]
 
 
+def rows_of(lead, rank):
+    """The rows of a rank: other numbers on each, and none on the third."""
+    return (lead[0] + rank if rank != 2 else 0, *lead[1:])
+
+
+def union_of(width, lead, size, generator):
+    """What all ranks bring together, [rows, width], and the rows of each."""
+    counts = [torch.Size(rows_of(lead, rank)).numel() for rank in range(size)]
+    return torch.randn(sum(counts), width, dtype=torch.float64, generator=generator), counts
+
+
 def largest_error(ranks_group, size, rank):
-    """The largest difference from the oracle, over every case and every gradient, relative to the value's size."""
+    """The largest difference from the oracle of all ranks' rows, over every case and gradient, in the value's size."""
     worst = 0.0
     for p, bias, lead in CASES:
         if p % size:
             continue
         generator = torch.Generator().manual_seed(p)
         factors = global_factors(p, bias, generator)
-        x = torch.randn(*lead, N_IN, dtype=torch.float64, generator=generator)
-        grad = torch.randn(*lead, N_OUT, dtype=torch.float64, generator=generator)
-        z, expected = oracle(factors, x, grad, p)
+        x, counts = union_of(N_IN, lead, size, generator)
+        grad = torch.randn(len(x), N_OUT, dtype=torch.float64, generator=generator)
+        # The gradient of what a layer holds is that of the ranks' mean loss.
+        z, expected = oracle(factors, x, grad / size, p)
 
         layer = PhantomLinear(N_IN, N_OUT, p, K, bias, process_group=ranks_group, dtype=torch.float64)
         with torch.no_grad():
             for parameter, value in zip(layer.factors(), factors, strict=True):
                 if parameter is not None:
                     parameter.copy_(shard(value, rank, size))
-        x = x.clone().requires_grad_()
-        out = layer(x)
-        out.backward(grad)
-        got = [None if f is None else f.grad for f in layer.factors()] + [x.grad]
-        expected = [None if g is None else shard(g, rank, size) for g in expected[:4]] + expected[4:]
-        for a, b in zip([out, *got], [z, *expected], strict=True):
+        mine = x.split(counts)[rank].view(*rows_of(lead, rank), N_IN).clone().requires_grad_()
+        out = layer(mine)
+        assert isinstance(out, ShardedActivation) is (size > 1) and out.shape == (*mine.shape[:-1], N_OUT)
+        (out * 1.0).reshape(-1, N_OUT)[:].backward(grad.split(counts)[rank])
+        got = [None if f is None else f.grad for f in layer.factors()]
+        wanted = [None if g is None else shard(g, rank, size) for g in expected[:4]]
+        out = out.reshape(-1, N_OUT)[:]
+        if counts[rank]:
+            got += [out, mine.grad.reshape(-1, N_IN)]
+            wanted += [z.split(counts)[rank], expected[4].split(counts)[rank] * size]
+        for a, b in zip(got, wanted, strict=True):
             assert (a is None) == (b is None)
             if a is not None:
                 assert a.shape == b.shape
@@ -97,41 +121,27 @@ def _several_ranks():
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     return {
         "error": largest_error(group, size, rank),
-        "traffic": _traffic(group, size),
+        "twice": _differentiated_twice(group),
+        "shared": _shared_batch(group),
+        "traffic": _traffic(group),
         "order": _order(group),
         "empty": PhantomLinear(8, 8, 4, 1, process_group=group)(torch.empty(0, 8)).shape,
         "dense load": _dense_load(group),
-        "dropout": dropout_twice(group),
         "written into": _write_into_the_exit(group),
+        "siblings": _siblings(group),
+        "checkpointed": _checkpointed(group),
     }
 
 
 def _write_into_the_exit(group):
-    """One token, of which transposed views need no copy, and an in-place operation on what the chain gives."""
+    """One token, of which transposed views need no copy, and an in-place operation on what the FFN gives."""
     module = phantomize_(_mlp(), PhantomConfig(4), group)
     x = torch.randn(1, 16, requires_grad=True)
     out = module(x)
     out += 1
+    out += torch.ones(1, 8)
     out.sum().backward()
     return x.grad.isfinite().all().item()
-
-
-class DropsTwice(nn.Module):
-    """One nn.Dropout, called inside the chain and outside it."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc1, self.fc2, self.drop = nn.Linear(16, 32), nn.Linear(32, 16), nn.Dropout(0.5)
-
-    def forward(self, x):
-        return self.drop(self.fc2(self.drop(torch.relu(self.fc1(x)))))
-
-
-def dropout_twice(group):
-    torch.manual_seed(0)
-    module = phantomize_(DropsTwice(), PhantomConfig(4), group)
-    x = torch.randn(8, 16)
-    return [module(x).detach() for _ in range(3)]
 
 
 def _mlp(dtype=torch.float32):
@@ -141,25 +151,122 @@ def _mlp(dtype=torch.float32):
 
 
 class Gated(nn.Module):
-    def __init__(self):
+    def __init__(self, dtype=None):
         super().__init__()
-        self.gate, self.up, self.down = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.gate, self.up, self.down = (nn.Linear(n, m, dtype=dtype) for n, m in ((16, 32), (16, 32), (32, 16)))
 
     def forward(self, x):
         return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
 
 
-def _traffic(group, size):
-    """Traffic of each case, forward and backward, beside what the cost model says."""
+def both(make, group):
+    """The same phantom module on the ranks of a group and, of the same seed, in one process; float64."""
+
+    def made(group):
+        torch.manual_seed(0)
+        return phantomize_(make(torch.float64), PhantomConfig(4, init="random"), group)
+
+    return made(group), made(None)
+
+
+def _union(rank, width=16):
+    generator = torch.Generator().manual_seed(1)
+    size = dist.get_world_size()
+    x, counts = union_of(width, (3,), size, generator)
+    return x, x.split(counts)[rank].clone(), counts
+
+
+def _shards_differ(mine, alone, group):
+    """The largest difference between this rank's gradients and its share of the whole module's."""
+    alone_layers = split_layers(alone)
+    return max(
+        (parameter.grad - layer.share_of(name, alone_layers[key].get_parameter(name).grad)).abs().max().item()
+        for key, layer in split_layers(mine).items()
+        for name, parameter in layer.named_parameters(recurse=False)
+    )
+
+
+def _differentiated_twice(group):
+    """A gradient penalty: its gradients are those of one process with all rows."""
+    mine, alone = both(_mlp_of_tanh, group)
+    x, own, counts = _union(dist.get_rank())
+    size, rank = dist.get_world_size(), dist.get_rank()
+    errors = []
+    for module, rows, share in ((mine, own, 1), (alone, x, size)):
+        rows.requires_grad_()
+        (gradient,) = torch.autograd.grad(module(rows).square().sum(), rows, create_graph=True)
+        (gradient.square().sum() / share).backward()
+        errors.append(gradient)
+    errors = [(errors[0] - errors[1].split(counts)[rank]).abs().max().item()] if counts[rank] else []
+    return max([*errors, _shards_differ(mine, alone, group)])
+
+
+def _mlp_of_tanh(dtype):
+    return nn.Sequential(nn.Linear(16, 32, dtype=dtype), nn.Tanh(), nn.Linear(32, 16, dtype=dtype))
+
+
+def _shared_batch(group):
+    """All ranks read one batch: the values and gradients of one process."""
+    mine, alone = both(Gated, group)
+    x, _, _ = _union(0)
+    agreement_of(group).shared_batches = True
+    try:
+        for module in (mine, alone):
+            (module(x) * x).sum().backward()
+        error = (mine(x) - alone(x)).abs().max().item()
+    finally:
+        agreement_of(group).shared_batches = False
+    return max(error, _shards_differ(mine, alone, group))
+
+
+def _siblings(group):
+    """Gate and up share the exchange and one collective each way; called apart, each does its own, and is right."""
+    mine, alone = both(Gated, group)
+    x, own, _ = _union(dist.get_rank())
+    size, found = dist.get_world_size(), []
+
+    def apart(module, x):
+        gate = torch.nn.functional.silu(module.gate(x))
+        return module.down(gate * module.up(x.clone()))
+
+    for call in (lambda m, x: m(x), apart):
+        mine.zero_grad()
+        alone.zero_grad()
+        with comm.record_traffic() as traffic:
+            out = call(mine, own)
+        (out * own).sum().backward()
+        ((call(alone, x) * x).sum() / size).backward()
+        found.append((dict(traffic.calls), _shards_differ(mine, alone, group)))
+    return found
+
+
+def _checkpointed(group):
+    """Activation checkpointing of either kind computes the same gradients."""
+    from torch.utils.checkpoint import checkpoint
+
+    mine, _ = both(Gated, group)
+    _, own, _ = _union(dist.get_rank())
+    found = []
+    for call in (lambda x: mine(x), *(partial(checkpoint, mine, use_reentrant=kind) for kind in (True, False))):
+        mine.zero_grad()
+        x = own.clone().requires_grad_()
+        (call(x) * own).sum().backward()
+        found.append([x.grad, *(p.grad.clone() for p in mine.parameters())])
+    return all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def _traffic(group):
+    """Traffic of each case, forward and backward."""
     seen = {}
     for name, needs_grad in itertools.product(("mlp", "gated", "lone"), (True, False)):
         config = PhantomConfig(4, plan={"0": "phantom"} if name == "lone" else None)
         module = {"mlp": _mlp, "gated": Gated, "lone": lambda: nn.Sequential(nn.Linear(32, 16))}[name]()
         module = phantomize_(module, config, group)
         x = torch.randn(2, 5, 32 if name == "lone" else 16, requires_grad=needs_grad)
+        module(x.detach().requires_grad_(needs_grad)).sum().backward()  # from now on the ranks ask at the entry only
         with count_every_collective() as issued, comm.record_traffic() as forward:
             loss = module(x).sum()
-        assert sum(issued.values()) == forward.total_calls, issued
+        assert sum(issued.values()) == forward.total_calls + 1, issued
         with count_every_collective() as issued, comm.record_traffic() as backward:
             loss.backward()
         assert sum(issued.values()) == backward.total_calls, issued
@@ -189,9 +296,9 @@ def _order(group):
     ranks = layer.ranks
 
     def note(kind, real):
-        def start(tensor):
+        def start(*args):
             events.append(f"start {kind}")
-            wait = real(tensor)
+            wait = real(*args)
 
             def waited():
                 events.append(f"wait {kind}")
@@ -209,8 +316,7 @@ def _order(group):
                 events.append("product")
             return func(*args, **(kwargs or {}))
 
-    layer.input_layout = layer.output_layout = "sharded"
-    x = torch.randn(4, 16 // ranks.size, requires_grad=True)
+    x = torch.randn(4, 16, requires_grad=True)
     with Products():
         layer(x).sum().backward()
     return events
@@ -230,12 +336,13 @@ def _dense_load(group):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_several_ranks(size):
-    alone = dropout_twice(None)
     for result in run_ranks(size, _several_ranks):
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(alone, result["dropout"], strict=True))
-        assert result["error"] < 1e-10
+        assert result["error"] < 1e-10 and result["twice"] < 1e-10 and result["shared"] < 1e-10
         assert result["dense load"] < 1e-5
-        assert result["empty"] == (0, 8) and result["written into"]
+        assert result["empty"] == (0, 8) and result["written into"] and result["checkpointed"]
+        together, apart = result["siblings"]
+        assert together[0] == {"all_to_all": 1, "all_gather": 2} and together[1] < 1e-10
+        assert apart[0] == {"all_to_all": 2, "all_gather": 3} and apart[1] < 1e-10
         assert result["order"] == [
             "product",  # C x
             "start all_gather",
@@ -255,40 +362,44 @@ def test_several_ranks(size):
 
 
 def _check_traffic(traffic, size):
-    tokens, p, q = 10, 4, 4 // size
-    sent = {  # features of all blocks, that is p*k, of each collective: 0.25 * min(in, out) / p per block
-        "mlp": [p * 1, p * 2, p * 1],
-        "gated": [p * 2, p * 1],
-        "lone": [p * 1],
-    }
-    plans = {
-        "mlp": [(16, 32), (32, 48), (48, 8)],
-        "gated": [
-            Layer(16, 32, True, "replicated", "sharded"),
-            Layer(16, 32, True, "replicated", "sharded", shares_input=True),
-            Layer(32, 16, True, "sharded", "replicated"),
-        ],
-        "lone": [(32, 16)],
-    }
+    """Per rank: latents (R-1) q k b s each way, entry and exit (R-1)/R^2 b w s each way; b: the group's tokens."""
+    b, s, q = 10 * size, 4, 4 // size
+    k = {"mlp": [1, 2, 1], "gated": [2, 1], "lone": [1]}  # 0.25 * min(in, out) / p of each layer, or pair, together
+    k["gated"] = [2 * 1, 1]
+    ends = {"mlp": (16, 8), "gated": (16, 16), "lone": (32, 16)}
     for (name, needs_grad), (forward, backward) in traffic.items():
-        # Per layer or gated pair: one gather of q*k*tokens elements forward, one scatter backward, and the boundaries.
-        assert forward.calls == {"all_gather": len(sent[name]) + 1}
-        assert backward.calls == {"reduce_scatter": len(sent[name])} | ({"all_gather": 1} if needs_grad else {})
-        layer_bytes = sum((size - 1) * q * (pk // p) * tokens * 4 for pk in sent[name])
-        assert backward.sent_bytes["reduce_scatter"] == layer_bytes
-        layers = plans[name]
-        if not needs_grad and name == "gated":
-            layers = [Layer(16, 32, True, "replicated", "sharded", False), *layers[1:]]
-        cost = estimate_cost(layers, p, 0.25, size, tokens, entry_needs_grad=needs_grad).phantom
-        assert forward.total_bytes + backward.total_bytes == cost.sent_bytes
-        assert forward.total_calls + backward.total_calls == cost.calls
-        assert cost.layer_bytes == 2 * layer_bytes
+        latents = [(size - 1) * q * width * b * s for width in k[name]]
+        entry, exit = ((size - 1) * width * b * s // size**2 for width in ends[name])
+        assert forward.calls == {"all_to_all": 2, "all_gather": len(latents)}
+        assert forward.sent_bytes == {"all_to_all": entry + exit, "all_gather": sum(latents)}
+        assert backward.calls == {"all_to_all": 1 + needs_grad, "reduce_scatter": len(latents)}
+        assert backward.sent_bytes == {"all_to_all": exit + needs_grad * entry, "reduce_scatter": sum(latents)}
 
 
 def test_one_rank_communicates_nothing():
     with comm.record_traffic() as traffic:
         phantomize_(_mlp(), PhantomConfig(4))(torch.randn(3, 16)).sum().backward()
     assert traffic.total_calls == traffic.total_bytes == 0
+
+
+def test_transforms_and_other_derivatives_on_one_rank():
+    """torch.func knows the operations; all of it equals the dense layer."""
+    layer = PhantomLinear(8, 12, 4, 2, dtype=torch.float64)
+    dense = partial(nn.functional.linear, weight=layer.dense_weight(), bias=layer.bias.detach())
+    x, v = torch.randn(5, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
+    for transform in (
+        lambda f: torch.func.grad(lambda x: f(x).square().sum())(x),
+        lambda f: torch.func.vmap(f)(x),
+        lambda f: torch.func.jvp(f, (x,), (v,))[1],
+        lambda f: torch.func.jacrev(f)(x),
+        lambda f: torch.func.hessian(lambda x: f(x).tanh().sum())(x[0]),
+        lambda f: torch.autograd.functional.jvp(f, x, v)[1],
+    ):
+        assert torch.allclose(transform(layer), transform(dense), rtol=1e-12)
+    assert torch.autograd.gradgradcheck(layer, x.requires_grad_())
+    with torch.autograd.forward_ad.dual_level():
+        out = layer(torch.autograd.forward_ad.make_dual(x.detach(), v))
+        assert torch.allclose(torch.autograd.forward_ad.unpack_dual(out).tangent, v @ layer.dense_weight().mT)
 
 
 def test_flops_and_weights_equal_the_cost_model():
@@ -341,5 +452,5 @@ def test_bad_arguments(arguments, message):
 
 
 def test_a_wrong_width_names_the_layer():
-    with pytest.raises(PhantomError, match=r"last size must be 16 \(in_features=16, replicated, 1 ranks\)"):
+    with pytest.raises(PhantomError, match="its last size must be in_features=16"):
         PhantomLinear(16, 16, 4, 1)(torch.randn(3, 8))

@@ -60,7 +60,11 @@ def test_a_sequential_is_one_network_of_any_length():
     )
     assert plan_of(module).ffns == (
         FFN(
-            (Group(("0",), 0, True, False), Group(("3",), 1, False, False), Group(("5",), 2, False, True)),
+            (
+                Group(("0",), 0, True, False, False),
+                Group(("3",), 1, False, False, False),
+                Group(("5",), 2, False, True, True),
+            ),
             "a trace connects its linears",
         ),
     )
@@ -68,7 +72,7 @@ def test_a_sequential_is_one_network_of_any_length():
 
 def test_what_reads_one_value_is_one_group():
     (ffn,) = plan_of(Gated()).ffns
-    assert ffn.groups == (Group(("gate", "up"), 0, True, False), Group(("down",), 1, False, True))
+    assert ffn.groups == (Group(("gate", "up"), 0, True, False, False), Group(("down",), 1, False, True, True))
     assert plan_of(Gated()).siblings() == [("gate", "up")]
 
     class Heads(Block):  # of an encoder: the mean and the variance
@@ -77,7 +81,7 @@ def test_what_reads_one_value_is_one_group():
             return self.fc2(h), self.other(h), h.sum()
 
     (ffn,) = plan_of(Heads(other=nn.Linear(32, 8))).ffns
-    assert ffn.groups == (Group(("fc1",), 0, True, True), Group(("fc2", "other"), 1, False, True))
+    assert ffn.groups == (Group(("fc1",), 0, True, True, True), Group(("fc2", "other"), 1, False, True, True))
 
 
 def test_a_question_about_a_value_is_no_reader_of_it():
@@ -87,7 +91,7 @@ def test_a_question_about_a_value_is_no_reader_of_it():
             return self.fc2(h.to(h.dtype) * (1 / h.shape[0])).view(h.size(0), -1)
 
     (ffn,) = plan_of(Asks(sizes=(16, 24, 8))).ffns
-    assert ffn.groups == (Group(("fc1",), 0, True, False), Group(("fc2",), 1, False, True))
+    assert ffn.groups == (Group(("fc1",), 0, True, False, False), Group(("fc2",), 1, False, True, True))
 
 
 def test_a_residual_inside_connects_nothing():
@@ -100,7 +104,7 @@ def test_a_residual_inside_connects_nothing():
 
 def test_a_linear_between_two_that_stay_dense_is_taken():
     module = nn.Sequential(nn.Linear(13, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
-    assert plan_of(module).ffns == (FFN((Group(("2",), 0, True, True),), "a trace connects its linears"),)
+    assert plan_of(module).ffns == (FFN((Group(("2",), 0, True, True, True),), "a trace connects its linears"),)
     assert groups_of(nn.Sequential(nn.Linear(13, 64), nn.ReLU(), nn.Linear(64, 64))) == []
     assert groups_of(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))) == []
 

@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 from lightning_phantom import PhantomConfig, swap
 from lightning_phantom.checkpoints.full import make_full
 from lightning_phantom.config import TensorParallelConfig
-from lightning_phantom.distributed.comm import Ranks
 from lightning_phantom.distributed.gradients import clip_grad_norm_
-from lightning_phantom.distributed.replicas import ReplicaCheck, realign
+from lightning_phantom.distributed.ranks import Ranks
+from lightning_phantom.distributed.replicas import _gather
 from lightning_phantom.layers.split import sharded_parameters, split_layers
 from lightning_phantom.plan.finder import plan_phantom, plan_tensor_parallel
 
@@ -75,10 +75,9 @@ def test_weights_on_the_host_are_sent_by_the_device(devices_only, kind):
     for norm_type in (2.0, float("inf")):
         clip_grad_norm_(model.parameters(), 1.0, sharded_parameters(model), norm_type)
     optimizer.step()
-    realign(model, sharded_parameters(model), [optimizer], Ranks(devices_only))
 
     states = {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}
     make_full(model, states, [optimizer])
-    assert ReplicaCheck(Ranks(devices_only))._gather(torch.ones(3)).shape == (2, 3)
+    assert _gather(torch.ones(3), Ranks(devices_only)).shape == (2, 3)
     tensors = [*model.parameters(), *(layer.dense_weight() for layer in split_layers(model).values())]
     assert {t.device.type for t in tensors} == {"cpu"}

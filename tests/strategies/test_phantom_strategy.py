@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import os
 import re
 import tempfile
@@ -18,61 +19,84 @@ from background import program
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
 from ranks import run_ranks
 from torch import nn
-from training import EMAWeightAveraging, Net, data, loader, needs_ema, quiet, trainer
+from training import Attentive, EMAWeightAveraging, Net, data, loader, needs_ema, own, quiet, trainer, weights
 
 from lightning_phantom import PhantomLinear, PhantomStrategy
 from lightning_phantom.distributed.gradients import clip_grad_norm_
 from lightning_phantom.distributed.mesh import resolve_sizes
-from lightning_phantom.errors import CheckpointError, LayoutError, PhantomError, PlanError
-from lightning_phantom.layers.split import sharded_parameters
+from lightning_phantom.errors import CheckpointError, PhantomError, PlanError
+from lightning_phantom.layers.split import sharded_parameters, split_layers
+
+LAYOUTS = {2: [{}, {"phantom_parallel_size": 1}], 4: [{}, {"phantom_parallel_size": 2}]}
 
 
-def weights(module):
-    """Every parameter, whole."""
-    layers = {n: m for n, m in module.named_modules() if isinstance(m, PhantomLinear)}
-    whole = {}
-    for name, parameter in module.named_parameters():
-        owner, _, key = name.rpartition(".")
-        whole[name] = layers[owner].global_tensor(key) if owner in layers else parameter.detach().clone()
-    return whole
+class Llama(Net):
+    """A tiny Llama of transformers, which reads the features as 16 tokens of a small vocabulary."""
+
+    def __init__(self, **kwargs):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        super().__init__(**kwargs)
+        sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=11)
+        self.net = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="sdpa"))
+        for name, m in list(self.net.named_modules()):
+            if name.endswith("norm"):  # its own computes in 32 bits, and so would its loss
+                self.net.set_submodule(name, nn.RMSNorm(m.weight.shape, m.variance_epsilon))
+        del self.norm, self.tail
+
+    def training_step(self, batch, batch_idx):
+        tokens = (batch[0] * 3).long() % 11
+        logits = self.net(input_ids=tokens).logits
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        self.losses.append(loss.item())
+        return loss
 
 
-def _losses(precision, seeded, steps=50):
+RUNS = {
+    "digits": (lambda: Net(0.0, lr=0.5), "64-true", True, 50),
+    "unseeded": (lambda: Net(0.0, lr=0.5), "64-true", False, 8),
+    "32 bits": (lambda: Net(0.0, lr=0.5), "32-true", True, 8),
+    "torch's transformer": (lambda: Attentive(lr=0.03, optimizer=torch.optim.AdamW), "64-true", True, 50),
+    "transformers' Llama": (lambda: Llama(lr=0.03, optimizer=torch.optim.AdamW), "64-true", True, 50),
+}
+
+
+def _losses(sizes, make, precision, seeded, steps):
     """Losses of a run whose ranks start from different random states unless they are seeded."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ.pop("PL_GLOBAL_SEED", None)
-        torch.manual_seed(100 + dist.get_rank())
-        if seeded:
-            L.seed_everything(7)
-        module = Net()
-        dtype = torch.float64 if precision == "64-true" else torch.float32
-        trainer(folder, precision=precision, max_epochs=10, max_steps=steps).fit(
-            module, loader(dtype=dtype, shuffle=True)
-        )
-        os.environ.pop("PL_GLOBAL_SEED", None)
-        assert len(module.losses) == steps
-        assert sum(isinstance(m, PhantomLinear) for m in module.modules()) == 3
-        return module.losses
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    torch.manual_seed(100 + dist.get_rank())
+    if seeded:
+        L.seed_everything(7, verbose=False)
+    module, dtype = make(), torch.float64 if precision == "64-true" else torch.float32
+    strategy = PhantomStrategy(num_blocks=4, **sizes)
+    trainer(tempfile.gettempdir(), strategy=strategy, precision=precision, max_epochs=10, max_steps=steps).fit(
+        module, loader(batch_size=own(8), dtype=dtype, shuffle=True)
+    )
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    assert len(module.losses) == steps and len(split_layers(module)) >= 2
+    return torch.tensor(module.losses, dtype=torch.float64)
 
 
-def _all_losses():
-    return {(p, s): _losses(p, s) for p in ("32-true", "64-true") for s in (True, False)}
+def _all_losses(layouts):
+    return [{name: _losses(sizes, *run) for name, run in RUNS.items()} for sizes in layouts]
 
 
 def test_the_same_training_on_1_2_and_4_ranks():
-    (alone,) = run_ranks(1, _all_losses)
-    assert alone["32-true", True][-1] < 0.9 * alone["32-true", True][0]
-    assert alone["32-true", True] != alone["32-true", False]
-    for size in (2, 4):
-        for result in run_ranks(size, _all_losses):
-            for (precision, seeded), losses in result.items():
-                expected = torch.tensor(alone[precision, seeded], dtype=torch.float64)
-                error = ((torch.tensor(losses, dtype=torch.float64) - expected) / expected).abs().max().item()
-                assert error < (1e-9 if precision == "64-true" else 1e-4), (size, precision, seeded, error)
+    ((alone,),) = run_ranks(1, _all_losses, [{}])
+    for losses in alone.values():
+        assert len(losses) == 8 or losses[-8:].mean() < 0.95 * losses[:8].mean()
+    assert not torch.equal(alone["digits"][:8], alone["unseeded"])
+    for size, layouts in ((2, [{}]), (4, LAYOUTS[4])):
+        by_rank = run_ranks(size, _all_losses, layouts)
+        for n, sizes in enumerate(layouts):
+            for name, expected in alone.items():
+                mean = torch.stack([seen[n][name] for seen in by_rank]).mean(0)
+                error = ((mean - expected) / expected).abs().max().item()
+                assert error < (1e-4 if name == "32 bits" else 1e-9), (size, sizes, name, error)
 
 
 def _agreement(sizes):
-    """On one group of ranks: metrics, logging, clipping, samplers, seeds and checkpoints."""
+    """On one layout: metrics, logging, clipping, samplers, seeds and checkpoints."""
     rank, seen = dist.get_rank(), {}
     strategy = PhantomStrategy(num_blocks=4, **sizes)
     folder = tempfile.mkdtemp() if rank == 0 else None
@@ -103,18 +127,18 @@ def _agreement(sizes):
         enable_checkpointing=True,
         limit_train_batches=3,
     )
-    run.fit(module, loader(48, batch_size=8 // strategy_replicas(sizes)), loader(40, batch_size=5))
+    run.fit(module, loader(48, batch_size=own(8)), loader(40, batch_size=5))
     seen["metrics"] = {k: float(v) for k, v in run.callback_metrics.items()}
     seen["norms"] = watch.norms
     seen["weights"] = weights(module)
     seen["sampler"] = strategy.distributed_sampler_kwargs
-    seen["sizes"] = (strategy.phantom_parallel_size, strategy.data_parallel_size)
+    seen["group"] = (strategy.phantom_parallel_size, strategy.mesh.phantom.rank, strategy.mesh.data_parallel.rank)
     seen["decision"] = (
         strategy.reduce_boolean_decision(rank == 0, all=False),
         strategy.reduce_boolean_decision(rank == 0, all=True),
         strategy.reduce_boolean_decision(True, all=True),
     )
-    seen["gathered"] = tuple(strategy.all_gather(torch.tensor([rank])).shape)
+    seen["gathered"] = strategy.all_gather(torch.tensor([rank])).flatten().tolist()
     seen["validate"] = run.validate(module, loader(40, batch_size=5), verbose=False)[0]
     seen["test"] = run.test(module, loader(40, batch_size=5), verbose=False)[0]
     seen["predict"] = torch.cat(run.predict(module, loader(40, batch_size=5)))
@@ -127,8 +151,8 @@ def _agreement(sizes):
     return seen
 
 
-def strategy_replicas(sizes):
-    return sizes.get("data_parallel_size", 1)
+def _agreements(layouts):
+    return [_agreement(sizes) for sizes in layouts]
 
 
 @pytest.fixture(scope="module")
@@ -136,34 +160,34 @@ def alone():
     return run_ranks(1, _agreement, {})[0]
 
 
-@pytest.mark.parametrize(
-    ("size", "sizes"), [(2, {}), (4, {}), (4, {"data_parallel_size": 2}), (2, {"data_parallel_size": 2})]
-)
-def test_ranks_agree_with_one_process(alone, size, sizes):
-    replicas = strategy_replicas(sizes)
-    results = run_ranks(size, _agreement, sizes)
-    first = results[0]
-    assert first["sizes"] == (size // replicas, replicas)
-    for rank, seen in enumerate(results):
-        assert seen["sampler"] == {"num_replicas": replicas, "rank": rank // (size // replicas)}
-        assert seen["decision"] == (True, size == 1, True)
-        assert seen["gathered"] == (replicas, 1)
-        # One set of weights, one norm, everywhere, and those of one process.
-        for name, value in alone["weights"].items():
-            assert torch.allclose(seen["weights"][name], value, atol=1e-5), name
-            assert torch.equal(seen["weights"][name], first["weights"][name]), name
-            assert torch.equal(seen["after"][name], seen["weights"][name]), name
-        assert seen["norms"] == first["norms"]
-        assert seen["norms"] == pytest.approx(alone["norms"], rel=1e-6)
-        # Counted once, not once per rank.
-        assert seen["metrics"]["val_seen"] == 40
-        assert seen["metrics"]["val_count"] == 40
-        for key in ("val_loss", "val_accuracy"):
-            assert seen["metrics"][key] == pytest.approx(alone["metrics"][key], rel=1e-4), key
-            for phase in ("validate", "test", "best"):
-                assert seen[phase][key] == pytest.approx(alone["metrics"][key], rel=1e-4), (phase, key)
-        mine = alone["predict"][rank // (size // replicas) :: replicas] if replicas > 1 else alone["predict"]
-        assert torch.allclose(seen["predict"].sort(0).values, mine.sort(0).values, atol=1e-4)
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_agree_with_one_process(alone, size):
+    by_rank = run_ranks(size, _agreements, LAYOUTS[size])
+    for n, sizes in enumerate(LAYOUTS[size]):
+        held, first = sizes.get("phantom_parallel_size", size), by_rank[0][n]
+        for rank, seen in enumerate(result[n] for result in by_rank):
+            # As under DDP.
+            assert seen["sampler"] == {"num_replicas": size, "rank": rank}
+            assert seen["decision"] == (True, False, True)
+            assert seen["gathered"] == list(range(size))
+            assert seen["group"] == (held, rank % held, rank // held)
+            # One set of weights, one norm, everywhere, and those of one process.
+            for name, value in alone["weights"].items():
+                assert torch.allclose(seen["weights"][name], value, atol=1e-5), name
+                assert torch.equal(seen["weights"][name], first["weights"][name]), name
+                assert torch.equal(seen["after"][name], seen["weights"][name]), name
+            assert seen["norms"] == first["norms"]
+            assert seen["norms"] == pytest.approx(alone["norms"], rel=1e-6)
+            # Each sample counts once.
+            assert seen["metrics"]["val_seen"] == 40
+            assert seen["metrics"]["val_count"] == 40
+            for key in ("val_loss", "val_accuracy"):
+                assert seen["metrics"][key] == pytest.approx(alone["metrics"][key], rel=1e-4), key
+                for phase in ("validate", "test", "best"):
+                    assert seen[phase][key] == pytest.approx(alone["metrics"][key], rel=1e-4), (phase, key)
+            # The ranks of a group predict the same.
+            mine = alone["predict"][rank // held :: size // held]
+            assert torch.allclose(seen["predict"], mine, atol=1e-4)
 
 
 def test_a_full_checkpoint_is_a_plain_one(alone, tmp_path):
@@ -178,66 +202,31 @@ def test_a_full_checkpoint_is_a_plain_one(alone, tmp_path):
 
 
 def _masks():
-    """What a replica's dropouts let through, inside the chain and outside it."""
+    """What this rank's dropouts let through of its own tokens, inside an FFN and outside."""
     seen = {}
 
     class Probe(Net):
         def training_step(self, batch, batch_idx):
-            self.net[2].register_forward_hook(lambda m, i, o: seen.update(chain=(o == 0)))
-            self.tail[0].register_forward_hook(lambda m, i, o: seen.update(tail=(o == 0)))
+            self.net[2].register_forward_hook(lambda m, i, o: seen.update(inside=torch.cat([o == 0])))
+            self.tail[0].register_forward_hook(lambda m, i, o: seen.update(outside=o == 0))
             return super().training_step(batch, batch_idx)
 
     L.seed_everything(5, verbose=False)
-    strategy = PhantomStrategy(num_blocks=4, data_parallel_size=2)
-    trainer(tempfile.gettempdir(), strategy=strategy, max_steps=1).fit(Probe(dropout=0.5), loader(batch_size=32))
+    strategy = PhantomStrategy(num_blocks=4, phantom_parallel_size=2)
+    trainer(tempfile.gettempdir(), strategy=strategy, max_steps=1).fit(Probe(dropout=0.5), loader(batch_size=16))
     return seen
 
 
-class RootChain(Net):
-    """The chain's owner is the LightningModule itself, whose __call__ DistributedDataParallel borrows for the step."""
-
-    def __init__(self):
-        super().__init__()
-        del self.net, self.tail
-        self.fc1, self.fc2 = nn.Linear(16, 32), nn.Linear(32, 8)
-        self.outside = False
-
-    def forward(self, x):
-        return self.fc2(torch.relu(self.fc1(x)))
-
-    def training_step(self, batch, batch_idx):
-        if self.outside:
-            self.fc1(batch[0])
-        return super().training_step(batch, batch_idx)
-
-
-def _root_chain():
-    def fit():
-        strategy = PhantomStrategy(num_blocks=4, data_parallel_size=2, find_unused_parameters=True)
-        trainer(tempfile.gettempdir(), strategy=strategy, max_steps=2).fit(module, loader())
-        return strategy.plan
-
-    module = RootChain()
-    assert fit().chains[0].owner == ""
-    module.outside = True
-    try:
-        fit()
-    except LayoutError as error:
-        return str(error)
-
-
-def test_a_chain_of_the_root_module_holds_in_its_forward_only_under_ddp_too():
-    for message in run_ranks(2, _root_chain):
-        assert "'fc1' was called outside the forward of 'the root module'" in message
-
-
-def test_replicas_draw_other_masks_and_ranks_of_one_group_the_same():
+def test_dropout_falls_otherwise_on_every_rank():
+    """Also in the features of one token that several ranks hold."""
     results = run_ranks(4, _masks)
-    for a, b in ((0, 1), (2, 3)):
-        assert torch.equal(results[a]["tail"], results[b]["tail"])
-        assert not torch.equal(results[a]["chain"], results[b]["chain"])
-    assert not torch.equal(results[0]["tail"], results[2]["tail"])
-    assert not torch.equal(results[0]["chain"], results[2]["chain"])
+    for where, shape in (("inside", (16, 32)), ("outside", (16, 16))):
+        masks = [seen[where] for seen in results]
+        for a, b in itertools.combinations(masks, 2):
+            assert a.shape == shape and not torch.equal(a, b)
+    for seen in results:
+        left, right = seen["inside"].chunk(2, dim=1)
+        assert not torch.equal(left, right)
 
 
 # On one rank, in this process
@@ -349,17 +338,58 @@ def test_random_weights_follow_the_users_seed(tmp_path):
     assert not torch.equal(first_weights(1), first_weights(2))
 
 
-def test_an_optimizer_with_parameters_from_before_the_swap_is_refused(tmp_path):
-    class Stale(Net):
+class Early(Net):
+    """Makes its optimizer before the layers are swapped, with groups of its own."""
+
+    def __init__(self, how):
+        super().__init__(dropout=0.0)
+        self.how, self.kept = how, list(self.parameters())
+        self.made = self.make(self.kept)
+
+    def make(self, parameters):
+        decay, plain = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() == 1]
+        return torch.optim.AdamW([{"params": decay}, {"params": plain, "weight_decay": 0.0}], lr=0.01)
+
+    def configure_optimizers(self):
+        if self.how == "in init":
+            return self.made
+        return self.make(self.kept if self.how == "kept" else list(self.parameters()))
+
+
+def _early():
+    seen = {}
+    for how in ("after", "in init", "kept"):
+        L.seed_everything(5, verbose=False)
+        module = Early(how)
+        trainer(tempfile.gettempdir()).fit(module, loader(batch_size=own(8)))
+        seen[how] = weights(module)
+    return seen
+
+
+def test_an_optimizer_made_before_the_swap_trains_the_layers():
+    (alone,) = run_ranks(1, _early)
+    for seen in (alone, *run_ranks(2, _early)):
+        for name, value in seen["after"].items():
+            assert torch.equal(seen["in init"][name], value) and torch.equal(seen["kept"][name], value), name
+            assert torch.allclose(value, alone["after"][name], atol=1e-5), name
+
+
+def test_optimizers_that_would_not_train_the_layers_are_refused(tmp_path):
+    class Stepped(Early):
         def __init__(self):
-            super().__init__()
-            self.kept = list(self.parameters())
+            super().__init__("in init")
+            self(torch.ones(2, 16)).sum().backward()
+            self.made.step()
 
+    with pytest.raises(PhantomError, match=r"has taken steps with the dense weight of 'net.0', and its state fits no"):
+        one(tmp_path).fit(Stepped(), loader())
+
+    class Foreign(Net):
         def configure_optimizers(self):
-            return torch.optim.SGD(self.kept, lr=0.1)
+            return torch.optim.SGD([*Net().parameters()], lr=0.1)
 
-    with pytest.raises(PhantomError, match="6 parameters that are no longer in the model"):
-        one(tmp_path).fit(Stale(), loader())
+    with pytest.raises(PhantomError, match="10 parameters that are not in the model"):
+        one(tmp_path).fit(Foreign(), loader())
 
     class Part(Net):
         def configure_optimizers(self):
@@ -369,16 +399,6 @@ def test_an_optimizer_with_parameters_from_before_the_swap_is_refused(tmp_path):
         PhantomError, match=r"only a part of 'net.0': compressor_weight, decompressor_weight would never"
     ):
         one(tmp_path).fit(Part(), loader())
-
-
-def test_workers_are_seeded_by_the_replica(tmp_path, monkeypatch):
-    from torch.utils.data import DataLoader
-
-    monkeypatch.setenv("PL_SEED_WORKERS", "1")
-    strategy = PhantomStrategy(num_blocks=4)
-    one(tmp_path, strategy=strategy, max_steps=1).fit(Net(), loader())
-    dataloader = strategy.process_dataloader(DataLoader(data()))
-    assert dataloader.worker_init_fn.keywords == {"rank": 0}
 
 
 def test_a_second_trainer_and_a_second_run_keep_the_layers(tmp_path):
@@ -413,7 +433,6 @@ def test_nothing_qualifies_lists_why(tmp_path):
         ({"phantom_width": float("inf")}, "must lie in"),
         ({"num_blocks": 1}, "num_blocks=1"),
         ({"phantom_parallel_size": 0}, "phantom_parallel_size=0"),
-        ({"data_parallel_size": "all"}, "data_parallel_size='all'"),
         ({"timeout": 30}, "timeout=30"),
         ({"plan": {"*": "tp"}}, "'tp' is not a word"),
         ({"start_method": "spawn"}, "does not take start_method: ranks must be started as processes of their own"),
@@ -426,17 +445,16 @@ def test_bad_arguments(arguments, message):
 
 
 def test_sizes():
-    assert resolve_sizes("auto", "auto", None, 4, 2) == (4, 2, 4)
-    assert resolve_sizes("auto", "auto", 6, 4, 2) == (2, 4, 6)
-    assert resolve_sizes("auto", 2, 8, 4, 1) == (2, 2, 8)
-    assert resolve_sizes(4, "auto", None, 4, 2) == (4, 2, 4)
+    assert resolve_sizes("auto", None, 4, 2) == (4, 2, 4)
+    assert resolve_sizes("auto", 6, 4, 2) == (2, 4, 6)
+    assert resolve_sizes(2, 8, 4, 1) == (2, 2, 8)
+    assert resolve_sizes(1, 8, 4, 1) == (1, 4, 8)
     for arguments, message in (
-        (("auto", "auto", None, 1, 1), "Set num_blocks"),
-        ((4, "auto", 2, 4, 1), "num_blocks=2 cannot be shared by phantom_parallel_size=4"),
-        ((4, "auto", 6, 4, 1), "multiple of 4, or phantom_parallel_size to a divisor of 6"),
-        ((3, "auto", 6, 4, 1), r"needs 3 ranks, but there are 4 \(1 nodes x 4 devices\)"),
-        ((2, 4, 4, 4, 1), "needs 8 ranks, but there are 4"),
-        (("auto", 3, 4, 4, 1), "needs 3 ranks, but there are 4"),
+        (("auto", None, 1, 1), "Set num_blocks"),
+        ((4, 2, 4, 1), "num_blocks=2 cannot be shared by phantom_parallel_size=4"),
+        ((4, 6, 4, 1), "multiple of 4, or phantom_parallel_size to a divisor of 6"),
+        ((3, 6, 4, 1), r"phantom_parallel_size=3 does not divide the 4 ranks there are \(1 nodes x 4 devices\)"),
+        ((8, 8, 4, 1), "phantom_parallel_size=8 does not divide the 4 ranks"),
     ):
         with pytest.raises(PhantomError, match=message):
             resolve_sizes(*arguments)

@@ -3,7 +3,7 @@
 There is one way through it. A process that a launcher has started as a rank (RANK and WORLD_SIZE are set, as torchrun
 does) trains; any other starts itself as ranks with torchrun and waits. So the same command compares on one machine and,
 under torchrun, on several. All methods train in the same processes, one after the other, each in a process group of its
-own; dense ones on the first rank alone, while the others wait.
+own.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from lightning_phantom.commands.compare import options
-from lightning_phantom.commands.compare.methods import STYLES, Alone, OneRank, parallelise_with_torch, torch_plan
+from lightning_phantom.commands.compare.methods import STYLES, SharedBatches, parallelise_with_torch, torch_plan
 from lightning_phantom.commands.compare.report import summarise
 from lightning_phantom.commands.compare.show import show_result, write_json, write_plot
-from lightning_phantom.commands.compare.trial import Length, Measured, run_trial
+from lightning_phantom.commands.compare.trial import Length, run_trial
 from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.commands.terminal import progress
 from lightning_phantom.errors import PhantomError
@@ -95,20 +95,21 @@ class Comparison:
     def __init__(self, request: options.Request, job: Job) -> None:
         self.request, self.job = request, job
         self.runs: list[dict[str, Any]] = []
+        self.left_out: dict[str, str] = {}
 
     def run(self) -> None:
         """Train by every method, in turn, round after round; show, write and draw what came of it on the first rank."""
         request, first = self.request, self.job.rank == 0
         recipes = {method: request.recipe(method) for method in request.methods}
-        methods, left_out = self._able(recipes)
+        methods = self._able(recipes)
         with progress(len(methods) * request.rounds) if first else nullcontext() as advance:
             for round_number in range(request.rounds):
-                for method in methods:
+                for method in (m for m in methods if m not in self.left_out):
                     if advance is not None:
                         advance(f"{method}, round {round_number + 1} of {request.rounds}")
                     self._one(method, round_number, recipes[method])
                     if first:
-                        result = summarise(request, self.environment(), self.runs, left_out)
+                        result = summarise(request, self.environment(), self.runs, self.left_out)
                         write_json(result, request.json)  # after each run, so that a failure loses one
         if first:
             show_result(result)
@@ -127,40 +128,41 @@ class Comparison:
             "torch": torch.__version__,
         }
 
-    def _able(self, recipes: dict[str, Recipe]) -> tuple[list[str], dict[str, str]]:
-        """The methods that this model can be trained by, and why not by the others."""
-        methods, left_out = list(self.request.methods), {}
+    def _able(self, recipes: dict[str, Recipe]) -> list[str]:
+        """The methods that this model can be trained by; why not by the others is noted."""
+        methods = list(self.request.methods)
         if "torch" in methods:
             try:
                 torch_plan(recipes["torch"].make_module(), self.job.size)
             except PhantomError as error:
                 methods.remove("torch")
-                left_out["torch"] = str(error)
-        return methods, left_out
+                self.left_out["torch"] = str(error)
+        return methods
 
     def _one(self, method: str, round_number: int, recipe: Recipe) -> None:
         """One fit by one method; every rank learns what each has measured."""
-        key, alone = f"{round_number}/{method}", method in options.ONE_RANK
-        measured: Measured | None = None
-        if not alone or self.job.rank == 0:
-            self._meet(key, recipe, alone)
-            try:
-                measured = run_trial(recipe, self._length(round_number), *self._settings(method, recipe))
-            finally:
-                if dist.is_initialized():
-                    dist.destroy_process_group()
-        seen = self.job.gather(key, None if measured is None else measured.as_dict())
-        self.runs.append({"method": method, "round": round_number, "ranks": [one for one in seen if one is not None]})
+        key = f"{round_number}/{method}"
+        self._meet(key, recipe)
+        try:
+            measured = run_trial(recipe, self._length(round_number), *self._settings(method, recipe))
+        except PhantomError as error:
+            if method != "torch":
+                raise
+            self.left_out[method] = str(error)  # by its data, which are alike on all ranks
+            return
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        self.runs.append({"method": method, "round": round_number, "ranks": self.job.gather(key, measured.as_dict())})
 
-    def _meet(self, key: str, recipe: Recipe, alone: bool) -> None:
-        """A process group of this run's own, for all ranks or the first alone."""
+    def _meet(self, key: str, recipe: Recipe) -> None:
+        """A process group of this run's own."""
         on_gpu = recipe.config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         if on_gpu:
             torch.cuda.set_device(self.job.rank % self.job.per_host)
         store = PrefixStore(f"group/{key}", self.job.store)
         backend = "nccl" if on_gpu else "gloo"
-        size = 1 if alone else self.job.size
-        dist.init_process_group(backend, store=store, rank=self.job.rank, world_size=size)
+        dist.init_process_group(backend, store=store, rank=self.job.rank, world_size=self.job.size)
 
     def _length(self, round_number: int) -> Length:
         """The first round also trains to the losses; the others only take times."""
@@ -174,17 +176,19 @@ class Comparison:
 
     def _settings(self, method: str, recipe: Recipe) -> tuple[dict[str, Any], Any]:
         """The Trainer's arguments for a method, and what to do with the module first."""
-        size = self.job.size
-        together = {"devices": self.job.per_host, "num_nodes": size // self.job.per_host}
-        if method in options.ONE_RANK:
-            return {"strategy": OneRank(), "devices": 1, "num_nodes": 1, "plugins": [Alone()]}, None
-        if method == "torch":
-            strategy: Any = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=size)
-            return together | {"strategy": strategy}, parallelise_with_torch
-        if method == "phantom":
-            request = self.request
-            given = recipe.phantom_arguments(num_blocks=request.num_blocks, phantom_width=request.phantom_width)
-            strategy = PhantomStrategy(**given | {"phantom_parallel_size": size, "data_parallel_size": 1})
+        size, request = self.job.size, self.request
+        ranks = {"devices": self.job.per_host, "num_nodes": size // self.job.per_host}
+        given = recipe.phantom_arguments(num_blocks=request.num_blocks, phantom_width=request.phantom_width)
+        shared = given.setdefault("phantom_parallel_size", size)  # by all ranks, unless the config says otherwise
+        averaging = {name: given[name] for name in ("find_unused_parameters",) if name in given}
+        prepare: Any = None
+        if method in options.DENSE:
+            strategy: Any = DDPStrategy(**averaging)
+        elif method == "torch":
+            strategy = SharedBatches(data_parallel_size=1, tensor_parallel_size=size)
+            prepare = parallelise_with_torch
+        elif method == "phantom":
+            strategy = PhantomStrategy(**given)
         else:
-            strategy = TensorParallelStrategy(tensor_parallel_size=size, data_parallel_size=1, style=STYLES[method])
-        return together | {"strategy": strategy}, None
+            strategy = TensorParallelStrategy(shared, style=STYLES[method], **averaging)
+        return ranks | {"strategy": strategy}, prepare

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from lightning_phantom.config import TensorParallelConfig
 from lightning_phantom.errors import PhantomError
@@ -20,18 +20,30 @@ STYLES: dict[str, Literal["megatron", "layerwise"]] = {
 }
 
 
-class Alone(LightningEnvironment):
-    """The surroundings of one rank among several: it is alone in its world, and the launcher's variables stay."""
+class SharedBatches(ModelParallelStrategy):
+    """Torch's own tensor parallelism, whose ranks all read what ranks with batches of their own read together."""
 
-    def teardown(self) -> None:
-        """Remove nothing: the next run needs the launcher's WORLD_SIZE."""
+    def process_dataloader(self, dataloader: object) -> object:
+        """Make batches as many times larger as there are ranks; of the same samples, as the sampler has their order.
 
-
-class OneRank(DDPStrategy):
-    """One rank alone, that reads the batches in the order of several: Lightning gives a lone device another sampler."""
-
-    def configure_ddp(self) -> None:
-        """Wrap nothing: there are no gradients to average."""
+        Raises:
+            PhantomError: the loader's batches are no lists of samples that a sampler has drawn.
+        """
+        loader = super().process_dataloader(dataloader)
+        if (
+            type(loader) is not DataLoader
+            or loader.batch_size is None
+            or not isinstance(loader.sampler, DistributedSampler)
+        ):
+            raise PhantomError(
+                f"its ranks read the same batches, and of a {type(loader).__name__} none can be made that hold the "
+                f"batches of all ranks. It takes a DataLoader with a batch_size, and Lightning's distributed sampler."
+            )
+        batches = BatchSampler(loader.sampler, loader.batch_size * self.world_size, loader.drop_last)
+        kept = "num_workers collate_fn pin_memory timeout worker_init_fn multiprocessing_context generator".split()
+        kept += ["prefetch_factor", "persistent_workers"]
+        settings = {name: getattr(loader, name) for name in kept}
+        return DataLoader(loader.dataset, batch_sampler=batches, **settings)
 
 
 def torch_plan(module: nn.Module, num_ranks: int) -> tuple[Plan, dict[str, Any]]:
@@ -44,16 +56,20 @@ def torch_plan(module: nn.Module, num_ranks: int) -> tuple[Plan, dict[str, Any]]
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
     plan = plan_tensor_parallel(module, TensorParallelConfig(num_ranks))
-    chained = {name: both for chain in plan.chains for name, both in chain.layouts(plan.replicated(chain)).items()}
     styles: dict[str, Any] = {}
-    for layer in plan.swapped:
-        match chained.get(layer.name, ("replicated", "replicated")):
-            case ("sharded", "replicated"):
-                styles[layer.name] = RowwiseParallel()
-            case ("replicated", layout):
-                styles[layer.name] = ColwiseParallel(output_layouts=Shard(-1) if layout == "sharded" else Replicate())
-            case layouts:
-                raise PhantomError(f"{layer.name!r} is {layouts[0]} -> {layouts[1]}, which torch has no style for.")
+    for ffn in plan.ffns:
+        exits: set[bool] = set()  # of the column-parallel layers so far
+        for group in sorted(ffn.groups, key=lambda group: group.depth):
+            if group.depth % 2 == 0:
+                exits.add(group.exits)
+                style: Any = ColwiseParallel(output_layouts=Replicate() if group.exits else Shard(-1))
+            elif len(exits) > 1 and not group.enters:
+                raise PhantomError(
+                    f"{group.names[0]!r} may read what lies in two ways at once, for which torch has no style."
+                )
+            else:
+                style = RowwiseParallel(input_layouts=Replicate() if group.enters or True in exits else Shard(-1))
+            styles.update(dict.fromkeys(group.names, style))
     if not styles:
         raise PhantomError(f"nothing in {type(module).__name__} qualifies for tensor parallelism.")
     return plan, styles

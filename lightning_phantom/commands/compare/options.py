@@ -13,19 +13,21 @@ from lightning_phantom.errors import PhantomError
 
 METHODS = ("dense", "tensor_parallel", "tensor_parallel_layerwise", "torch", "phantom", "control")
 TP = ("tensor_parallel", "tensor_parallel_layerwise", "torch")
+DENSE = ("dense", "control")  # under DDP
 LEAST_WARMUP = 2  # the strategies compare their ranks in a fit's first two batches, which no later step pays for
-ONE_RANK = ("dense", "control")  # on the first rank alone
 
 DESCRIPTION = """\
 Train the module of a config, on its data, by several methods on the same ranks, and show what each took. The methods
 run in turn, round after round, so that what else the machine does falls on all of them.
 
-  dense                      the module as it is, on one rank
+  dense                      the module as it is, under DDP
   tensor_parallel            in Megatron's pairs of column and row (TensorParallelStrategy)
   tensor_parallel_layerwise  the same with collectives at every layer
   torch                      torch's own parallelize_module, in Megatron's pairs
   phantom                    PhantomStrategy, with the config's settings if it names it
-  control                    another config (--control), dense on one rank: say, a dense model as small as phantom"""
+  control                    another config (--control) under DDP: say, a dense model as small as phantom
+
+Every rank reads its own batches, as under DDP; torch's ranks read them all."""
 EPILOG = """\
 Anything else overrides the config for all methods, as for `fit`: --model.lr 0.01. The config's callbacks and loggers
 are left out. Across hosts, run the same command on each under torchrun instead of lightning-phantom:
@@ -153,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser("compare", DESCRIPTION, EPILOG)
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="the config of the run, as for `fit`")
-    add("--control", metavar="FILE", help="a further config, trained dense on one rank")
+    add("--control", metavar="FILE", help="a further config, trained dense under DDP")
     add(
         "--methods",
         default=",".join(METHODS[:-1]),

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lightning_phantom.commands.compare.options import ONE_RANK, TP, Request
+from lightning_phantom.commands.compare.options import DENSE, TP, Request
 
 UNCOUNTED = ("torch",)  # its collectives do not go through this package
+SHARED_BATCHES = ("torch",)  # its ranks read the same
 NOISY = 0.25  # spread of a method's rounds, relative to their median, from which the times are called unsteady
 
 
@@ -25,10 +26,12 @@ def summarise(
         left_out: methods that could not run, and why.
     """
     methods = {
-        m: _method(request, [r for r in runs if r["method"] == m]) for m in dict.fromkeys(r["method"] for r in runs)
+        m: _method(request, m, [r for r in runs if r["method"] == m]) for m in dict.fromkeys(r["method"] for r in runs)
     }
     for figures in (methods[m] for m in UNCOUNTED if m in methods):
-        figures.update(waited_s=None, sent_bytes=None, calls=None)
+        figures.update(sent_bytes=None, gradient_bytes=None)
+    for figures in (methods[m] for m in (*UNCOUNTED, *DENSE) if m in methods):
+        figures.update(waited_s=None, calls=None)  # nor does the averaging of gradients
     tp = {m: methods[m]["step_s"]["median"] for m in TP if m in methods}
     fastest = min(tp, key=lambda m: tp[m], default=None)
     least_bytes = min((b for m in tp if (b := methods[m]["sent_bytes"]) is not None), default=None)
@@ -39,52 +42,64 @@ def summarise(
         "left_out": dict(left_out),
         "fastest_tp": fastest,
         "ratios": {} if fastest is None else {m: _ratios(methods[m], methods[fastest], least_bytes) for m in methods},
+        "steps_over_dense": {m: _steps(methods[m], methods["dense"]) for m in methods if "dense" in methods},
         "warnings": _warnings(request, environment, methods),
         "runs": list(runs),
     }
 
 
-def _method(request: Request, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _method(request: Request, name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A method's figures; a step takes as long as it takes on the slowest rank."""
     rounds = [max(statistics.median(rank["steps_s"]) for rank in run["ranks"]) for run in runs]
     ranks = [rank for run in runs for rank in run["ranks"]]
-    step_s, samples = statistics.median(rounds), ranks[0]["samples"]
+    step_s, read = statistics.median(rounds), [rank["samples"] for rank in runs[0]["ranks"]]
+    samples = read[0] if name in SHARED_BATCHES else sum(read)
     # The first fits of a process also hold what is made once and kept: the least round is the method's own.
     peaks = [max(r["peak_bytes"] for r in run["ranks"]) for run in runs if run["ranks"][0]["peak_bytes"] is not None]
-    losses = runs[0]["ranks"][0]["losses"]
+    losses = _mean_losses(runs[0]["ranks"])
     tokens = request.tokens_per_sample
     return {
         "step_s": {"median": step_s, "low": min(rounds), "high": max(rounds), "rounds": rounds},
         "samples_per_s": samples / step_s,
         "tokens_per_s": None if tokens is None else samples * tokens / step_s,
         "waited_s": statistics.median(max(rank["waited_s"] for rank in run["ranks"]) for run in runs),
-        "sent_bytes": max(rank["sent_bytes"] for rank in ranks),
+        "sent_bytes": max(rank["sent_bytes"] + rank["gradient_bytes"] for rank in ranks),
+        "gradient_bytes": max(rank["gradient_bytes"] for rank in ranks),
         "calls": max(rank["calls"] for rank in ranks),
         "weights": max(rank["weights"] for rank in ranks),
         "peak_bytes": min(peaks, default=None),
         "losses": losses,
         "val_loss": losses[-1][2] if losses else None,
-        "to_target": _to_target(request.target_loss, runs[0]["ranks"]),
+        "to_target": _to_target(request.target_loss, losses, runs[0]["ranks"][0]["energy"]),
     }
 
 
-def _to_target(target: float | None, ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _mean_losses(ranks: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, float]]:
+    """The ranks' losses, which are of their own shares of the data unless the module has reduced them."""
+    return [
+        (seen[0][0], seen[0][1], statistics.fmean(loss for _, _, loss in seen))
+        for seen in zip(*(rank["losses"] for rank in ranks), strict=True)
+    ]
+
+
+def _to_target(
+    target: float | None, losses: Sequence[tuple[int, float, float]], energy: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
     """Steps, seconds of training, and joules until the validation loss was first seen at the target."""
     if target is None:
         return None
-    reached = next(((step, seconds) for step, seconds, loss in ranks[0]["losses"] if loss <= target), None)
+    reached = next(((step, seconds) for step, seconds, loss in losses if loss <= target), None)
     if reached is None:
         return {"steps": None, "seconds": None, "energy_j": None, "energy_flag": None}
-    energy = ranks[0]["energy"] or {"steady_j_per_step": None, "flag": "failed"}
+    energy = energy or {"steady_j_per_step": None, "flag": "failed"}
     a_step = energy["steady_j_per_step"]
     joules = None if a_step is None else a_step * reached[0]
     return {"steps": reached[0], "seconds": reached[1], "energy_j": joules, "energy_flag": energy["flag"]}
 
 
 def _ratios(method: Mapping[str, Any], fastest: Mapping[str, Any], least_bytes: float | None) -> dict[str, Any]:
-    """A method over the fastest tensor parallelism, steps round by round; bytes over the least that one sends."""
-    pairs = sorted(a / b for a, b in zip(method["step_s"]["rounds"], fastest["step_s"]["rounds"], strict=False))
-    ratios: dict[str, Any] = {"step": {"median": statistics.median(pairs), "low": pairs[0], "high": pairs[-1]}}
+    """A method over the fastest tensor parallelism; bytes over the least that one sends."""
+    ratios: dict[str, Any] = {"step": _steps(method, fastest)}
     ratios["sent_bytes"] = (
         None if method["sent_bytes"] is None or not least_bytes else method["sent_bytes"] / least_bytes
     )
@@ -97,6 +112,12 @@ def _ratios(method: Mapping[str, Any], fastest: Mapping[str, Any], least_bytes: 
         measured = all(t["energy_flag"] in ("measured_counter", "sampled_power") for t in (mine, theirs))
         ratios["energy_to_target"] = mine["energy_j"] / theirs["energy_j"] if measured and theirs["energy_j"] else None
     return ratios
+
+
+def _steps(method: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float]:
+    """The step of a method over that of another, round by round."""
+    pairs = sorted(a / b for a, b in zip(method["step_s"]["rounds"], other["step_s"]["rounds"], strict=False))
+    return {"median": statistics.median(pairs), "low": pairs[0], "high": pairs[-1]}
 
 
 def _warnings(request: Request, environment: Mapping[str, Any], methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -126,6 +147,4 @@ def _warnings(request: Request, environment: Mapping[str, Any], methods: Mapping
         warnings.append(
             f"The rounds of {', '.join(unsteady)} differ by more than {NOISY:.0%}: the machine was not quiet."
         )
-    if any(m in methods for m in ONE_RANK) and environment["ranks"] > 1:
-        warnings.append("Dense runs have one rank, and the memory and caches of the host, to themselves.")
     return warnings

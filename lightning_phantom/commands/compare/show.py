@@ -49,8 +49,7 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, Callable[[str], str | No
         s = methods[method]["step_s"]
         return f"{1e3 * s['median']:.2f} ({1e3 * s['low']:.2f}-{1e3 * s['high']:.2f})"
 
-    def step_over(method: str) -> str | None:
-        s = ratios.get(method, {}).get("step")
+    def spread(s: Mapping[str, float] | None) -> str | None:
         return None if s is None else f"{s['median']:.3f} ({s['low']:.3f}-{s['high']:.3f})"
 
     def sent(form: Callable[[str], str | None]) -> Callable[[str], str | None]:
@@ -73,13 +72,15 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, Callable[[str], str | No
     to = f"{result['request']['target_loss']}"
     return [
         ("ms per step", step),
-        (over_fastest, step_over),
+        (f"  over {LABELS['dense']}", lambda method: spread(result["steps_over_dense"].get(method))),
+        (over_fastest, lambda method: spread(ratios.get(method, {}).get("step"))),
         ("samples per s", of("samples_per_s", "{:,.0f}")),
         ("tokens per s", of("tokens_per_s", "{:,.0f}")),
         ("ms waiting for collectives", sent(of("waited_s", "{:.2f}", 1e3))),
         ("MB sent per rank and step", sent(of("sent_bytes", "{:.3f}", 1e-6))),
-        ("  over the least of TP", sent(over("sent_bytes"))),
-        ("collectives per step", sent(of("calls", "{:g}"))),
+        ("  of it gradients, by DDP", sent(of("gradient_bytes", "{:.3f}", 1e-6))),
+        ("  all over the least of TP", sent(over("sent_bytes"))),
+        ("collectives besides DDP's", sent(of("calls", "{:g}"))),
         ("weights per rank", of("weights", "{:,.0f}")),
         (over_fastest, over("weights")),
         ("peak memory per rank, MB", of("peak_bytes", "{:,.0f}", 1e-6)),

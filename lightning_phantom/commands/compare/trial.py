@@ -14,11 +14,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.data import extract_batch_size
 
 from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.distributed.comm import Traffic, record_traffic
 from lightning_phantom.energy import EnergyMonitor
+from lightning_phantom.layers.split import sharded_parameters
 from lightning_phantom.measure.memory import Memory
 
 
@@ -29,8 +31,9 @@ class Measured:
     Attributes:
         weights: parameters this rank held.
         steps_s: seconds of each step after the warm-up, from the end of the one before to its own, validation left out.
-        samples: samples in one step, all replicas' share of this rank.
+        samples: samples in one step that this rank read.
         sent_bytes: bytes this rank sent in collectives of this package, per step.
+        gradient_bytes: bytes it sent for gradients that DDP averages, per step, by the ring's count.
         calls: such collectives, per step.
         waited_s: seconds spent waiting for them, per step.
         peak_bytes: the most memory held at once while training, beyond what the process held before the module was
@@ -43,6 +46,7 @@ class Measured:
     steps_s: list[float] = field(default_factory=list)
     samples: int = 0
     sent_bytes: float = 0.0
+    gradient_bytes: float = 0.0
     calls: float = 0.0
     waited_s: float = 0.0
     peak_bytes: int | None = None
@@ -138,6 +142,11 @@ class Probe(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
         self.measured.weights = sum(_held(p) for p in pl_module.parameters())
+        if isinstance(trainer.strategy, DDPStrategy):
+            shards = sharded_parameters(pl_module)
+            averaged = [p for p in pl_module.parameters() if p.requires_grad and id(p) not in shards]
+            whole = sum(p.numel() * p.element_size() for p in averaged)
+            self.measured.gradient_bytes = 2 * (trainer.world_size - 1) * whole / trainer.world_size
         if self.memory is not None:
             self.memory.restart()
         self._begin, self._pause = time.perf_counter(), 0.0

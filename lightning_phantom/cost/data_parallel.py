@@ -1,0 +1,89 @@
+"""What a step of the dense layers costs under data parallelism, DDP or FSDP: the first two rows of `count`'s table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lightning_phantom.cost.count import Cost, check_ints, element_bytes_of
+from lightning_phantom.cost.layer import Layer, as_layers
+
+BUCKET_BYTES = 25 * 2**20  # of gradients that DDP averages in one call, as torch has it
+
+
+@dataclass(frozen=True)
+class DataParallelEstimate:
+    """The costs of the dense layers on W ranks side by side, per rank and step.
+
+    Attributes:
+        ddp: every rank holds all weights, and their gradients are averaged.
+        fsdp: every rank holds a share of each weight, gathered for the forward and again for the backward.
+    """
+
+    ddp: Cost
+    fsdp: Cost
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What a model has beside the linears that are swapped: every rank holds it, as under DDP, whatever the method.
+
+    Attributes:
+        layers: linears that stay dense.
+        weights: parameters of what is no linear.
+    """
+
+    layers: tuple[Layer, ...] = ()
+    weights: int = 0
+
+    def cost(self, num_ranks: int, tokens: int, dtype: object = "float32") -> Cost:
+        """What it costs a rank: products of its linears alone, and the averaging of all gradients."""
+        return ddp_cost(self.layers, num_ranks, tokens, dtype, self.weights)
+
+
+NOTHING = Rest()
+
+
+def estimate_data_parallel(
+    layers: Sequence[Layer | tuple[int, int]],
+    num_ranks: int,
+    tokens: int,
+    dtype: object = "float32",
+    entry_needs_grad: bool = True,
+) -> DataParallelEstimate:
+    """Count weights, FLOPs, bytes and calls of the dense layers, which W ranks train with DDP or with FSDP.
+
+    Args:
+        layers: as for `estimate_cost`.
+        num_ranks: W.
+        tokens: rows of the activations of one step on all ranks together.
+        dtype: type of weights and gradients: a torch dtype or its name.
+        entry_needs_grad: for pairs: whether the input of the first needs a gradient.
+
+    Returns:
+        The record of the two costs. DDP's calls are its buckets of gradients; under FSDP each layer is wrapped by
+        itself and cut by output feature.
+
+    Raises:
+        PhantomError: an empty list, an unknown dtype, numbers that cannot be.
+    """
+    dense = as_layers(layers, entry_needs_grad)
+    ddp = ddp_cost(dense, num_ranks, tokens, dtype)
+    shares = sum(-(-layer.out_features // num_ranks) * (layer.in_features + layer.bias) for layer in dense)
+    calls = 3 * len(dense) * (num_ranks > 1)
+    return DataParallelEstimate(ddp, replace(ddp, weights=shares, weight_bytes=ddp.weight_bytes * 3 // 2, calls=calls))
+
+
+def ddp_cost(layers: Sequence[Layer], num_ranks: int, tokens: int, dtype: object, other_weights: int = 0) -> Cost:
+    """The same under DDP alone, with `other_weights` parameters that are of no linear layer."""
+    check_ints(("num_ranks", num_ranks, 1), ("tokens", tokens, 0))
+    products = [2 * tokens * layer.in_features * layer.out_features // num_ranks for layer in layers]
+    weights = sum(layer.dense_weights for layer in layers) + other_weights
+    held_bytes = weights * element_bytes_of(dtype)
+    return Cost(
+        weights=weights,
+        flops_forward=sum(products),
+        flops_backward=sum(n * (1 + layer.needs_input_grad) for n, layer in zip(products, layers, strict=True)),
+        calls=-(-held_bytes // BUCKET_BYTES) * (num_ranks > 1),
+        weight_bytes=2 * ((num_ranks - 1) * held_bytes // num_ranks),
+    )
