@@ -16,7 +16,7 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 for tool in ip tc; do
   command -v "$tool" >/dev/null || { echo "two_hosts.sh: $tool is missing: apt-get install iproute2" >&2; exit 2; }
 done
-[ $# -gt 0 ] || set -- --config benchmarks/ffn.yaml --num-blocks 2 --methods tensor_parallel,tensor_parallel_layerwise,torch,phantom
+[ $# -gt 0 ] || set -- --config benchmarks/ffn.yaml --num-blocks 2
 
 name=lp$$
 nodes=()

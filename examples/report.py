@@ -25,7 +25,7 @@ class RunReport(L.Callback):
     def __init__(self) -> None:
         self._step = ExitStack()
         self.traffic = Traffic()
-        self.tokens = 0  # rows of the activations, and
+        self.tokens = 0  # rows of this rank's activations, and
         self.reads_data = False  # whether they need no gradient, where the first phantom layer is called
 
     def on_train_batch_start(
@@ -95,15 +95,14 @@ class RunReport(L.Callback):
         plan = strategy.plan
         first, *others = plan.cost_layers()
         layers = [replace(first, needs_input_grad=not self.reads_data), *others]
-        cost = estimate_cost(
-            layers, plan.config.num_blocks, plan.config.phantom_width, strategy.phantom_parallel_size, self.tokens
-        )
+        ranks = strategy.phantom_parallel_size
+        cost = estimate_cost(layers, plan.config.num_blocks, plan.config.phantom_width, ranks, ranks * self.tokens)
         exact = min(cost.tensor_parallel, cost.tensor_parallel_layerwise, key=lambda c: c.sent_bytes)
         rest = weights - cost.phantom.weights
         dense = rest + sum(layer.weights_before for layer in plan.swapped)
         return (
             f"dense {dense:,}; tensor parallel {rest + exact.weights:,}",
-            f"tensor parallel would send {exact.sent_bytes:,} (boundaries included in both)",
+            f"tensor parallel would send {exact.sent_bytes:,} (both without averaged gradients)",
             f"the cost model says {cost.phantom.calls}",
         )
 

@@ -10,7 +10,7 @@ class PlanError(PhantomError):
 
 
 class LayoutError(PhantomError):
-    """A layer inside a proven chain was called where the sharded layout does not hold."""
+    """Ranks that are at different layers, or an operation for which an activation must be whole and is not."""
 
 
 class CheckpointError(PhantomError):

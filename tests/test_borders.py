@@ -30,6 +30,15 @@ ATTRIBUTES = {
         ("_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"), "torch.nn.Module"
     ),
     **dict.fromkeys(("_backward_hooks", "_post_accumulate_grad_hooks", "_version"), "torch.Tensor"),
+    **dict.fromkeys(("_is_view", "_is_zerotensor", "_make_wrapper_subclass"), "torch.Tensor"),
+    "_C": "torch",
+    "_trainer": "lightning.pytorch.LightningModule",
+    **dict.fromkeys(("_are_functorch_transforms_active", "_current_graph_task_id", "_nn"), "torch._C"),
+    "_current_level": "torch.autograd.forward_ad",
+    "_execution_engine": "torch.autograd.Variable",
+    "_schema": "torch._ops.OpOverload",
+    "_set_params_and_buffers_to_ignore_for_model": "torch.nn.parallel.DistributedDataParallel",
+    "_world": "torch.distributed.distributed_c10d",
     "_reset_parameters": "torch.nn.Transformer",
     "_checkpoint_wrapped_module": "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
     "_device_types": "torch.distributed.ProcessGroup",
@@ -43,12 +52,12 @@ ATTRIBUTES = {
 INHERITED = {
     "PhantomLauncher": {"_call_children_scripts"},
     "Recipe": {"_set_seed"},
-    "RunningStrategy": {"_ddp_kwargs", "_setup_model"},
+    "RunningStrategy": {"_lightning_module"},
     "SplitLinear": {"_load_from_state_dict"},
     "SplitStrategy": {"_configure_launcher", "_launcher", "_layer_sync", "_lightning_module", "_timeout"},
     "_CLI": {"_parse_ckpt_path"},
 }
-OWN_TEXTS = {"_before_phantom", "_j"}  # strings that only look like names of others
+OWN_TEXTS = {"_before_phantom", "_j", "_operator"}  # strings that only look like names of others
 
 
 def is_private(name):

@@ -11,7 +11,7 @@ holds dense weights under the module's own keys. Beside them, `"phantom"` holds 
     factors         full, of phantom layers: [{"path": [keys down to a state dict], "tensors": {key: all ranks'}}, ...]
     split           sharded: {name: {parameter: the dimension along which it is split}}
     optimizers      per optimizer: {"state": {parameter name: ...}, "param_groups": [...]}, of all ranks
-    rng             {"mid_epoch", "states": per replica, of its random number generators}
+    rng             {"mid_epoch", "states": per rank, of its random number generators}
     converted       True: from a conversion, with weights alone
 
 In `rest.pt` of a sharded checkpoint {"phantom_tensor": its name, "shape", "dtype", "dim" along which it is split}
@@ -48,7 +48,7 @@ class SavedFactors(NamedTuple):
 
 
 class SavedGenerators(NamedTuple):
-    """The states of the random number generators of each replica."""
+    """The states of the random number generators of each rank."""
 
     mid_epoch: bool
     states: list[Any]

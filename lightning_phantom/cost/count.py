@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lightning_phantom.config import check_phantom_width, is_int, resolve_phantom_width
-from lightning_phantom.cost.layer import Layer, as_layers, in_pairs, is_row
+from lightning_phantom.cost.layer import Layer, as_layers, is_row
 from lightning_phantom.errors import PhantomError
 
 # Bytes per element, by the names torch gives its types.
@@ -139,7 +139,7 @@ def estimate_cost(
         width = phantom_width if layer.phantom_width is None else layer.phantom_width
         k = resolve_phantom_width(width, layer.in_features, layer.out_features, num_blocks)
         phantom += _phantom(layer, group, num_blocks, k)
-        megatron += _exact(in_pairs(layer), group, is_row(layer))
+        megatron += _exact(layer, group, is_row(layer))
         layerwise += _exact(layer, group, row=False)
     return CostEstimate(phantom, megatron, layerwise)
 

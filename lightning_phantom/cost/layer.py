@@ -22,9 +22,8 @@ class Layer:
         shares_input: whether it rides on the collectives of a sibling before it that reads the same value.
         phantom_width: k of this layer alone; None takes the one given to `estimate_cost`.
         depth: how many linears lie before it in its FFN: in Megatron's pairs even ones are cut by column, odd ones by
-            row. None: one more than the layer before it in the list, or 0 where it enters.
-        in_pairs: `enters` and `leaves` in Megatron's pairs, where layers cut by row write whole tokens. None: a
-            row-parallel layer reads what a column-parallel one before it writes, and no value is written by both.
+            row. None: one more than the layer before it in the list, or 0 where it enters. Where linears of both
+            write into one value (a residual inside), Megatron's pairs send more than is counted.
     """
 
     in_features: int
@@ -36,7 +35,6 @@ class Layer:
     shares_input: bool = False
     phantom_width: int | None = None
     depth: int | None = None
-    in_pairs: tuple[bool, bool] | None = None
 
     @property
     def dense_weights(self) -> int:
@@ -68,9 +66,3 @@ def as_layers(layers: Sequence[Layer | tuple[int, int]], entry_needs_grad: bool 
 def is_row(layer: Layer) -> bool:
     """Whether a layer, of those that `as_layers` gives, is cut by row in Megatron's pairs."""
     return (layer.depth or 0) % 2 == 1
-
-
-def in_pairs(layer: Layer) -> Layer:
-    """The same as it lies in Megatron's pairs."""
-    enters, leaves = layer.in_pairs or (layer.enters, layer.leaves)
-    return replace(layer, enters=enters, leaves=leaves)

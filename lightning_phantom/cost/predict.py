@@ -21,7 +21,7 @@ from lightning_phantom.cost.count import (
     phantom_collectives,
 )
 from lightning_phantom.cost.data_parallel import NOTHING, Rest, ddp_cost
-from lightning_phantom.cost.layer import Layer, as_layers, in_pairs, is_row
+from lightning_phantom.cost.layer import Layer, as_layers, is_row
 
 METHODS = ("dense", "tensor_parallel", "tensor_parallel_layerwise", "phantom")
 
@@ -142,7 +142,7 @@ def predict(
         width = phantom_width if layer.phantom_width is None else layer.phantom_width
         k = resolve_phantom_width(width, layer.in_features, layer.out_features, num_blocks)
         stages["dense"] += exact_stages(layer, False, alone)
-        stages["tensor_parallel"] += exact_stages(in_pairs(layer), is_row(layer), group)
+        stages["tensor_parallel"] += exact_stages(layer, is_row(layer), group)
         stages["tensor_parallel_layerwise"] += exact_stages(layer, False, group)
         stages["phantom"] += phantom_stages(layer, num_blocks, k, group)
     for method, own in stages.items():

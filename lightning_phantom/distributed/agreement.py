@@ -71,11 +71,13 @@ class Agreement:
     Attributes:
         shared_batches: whether the ranks of the group read the same batches, rather than each its own.
         last: room for what was computed last, see `layers.split`.
+        timeout: how long a question waits for a rank; None: as long as gloo does.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.shared_batches = False
         self.last: Any = None
+        self.timeout: timedelta | None = None
         self._held = ref(group)  # it is the key that this is found by, and goes when it goes
         self._size = dist.get_world_size(group)
         self._rank = dist.get_rank(group)
@@ -97,7 +99,7 @@ class Agreement:
         """Where to ask: a group of the same ranks on gloo, in which a question meets no exchange, and no device."""
         if self._own_talk is None:
             ranks = dist.get_process_group_ranks(self._group)
-            self._own_talk = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            self._own_talk = dist.new_group(ranks, self.timeout, backend="gloo", use_local_synchronization=True)
         return self._own_talk
 
     def enter(self, layer: str, rows: int, sort: str) -> Rows:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_phantom.distributed.agreement import agreement_of
 from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import PhantomError
 
@@ -100,5 +101,7 @@ def make_mesh(sizes: Sizes, timeout: timedelta | None) -> Mesh:
         phantom, _ = dist.new_subgroups_by_enumeration(rows, timeout=timeout)
         data_parallel, _ = dist.new_subgroups_by_enumeration(columns, timeout=timeout)
         phantom_ranks = Ranks(phantom if sizes.phantom > 1 else None)
+        for group in (phantom, data_parallel):
+            agreement_of(group).timeout = timeout
         meshes[sizes.phantom] = Mesh(phantom_ranks, Ranks(data_parallel), (data_parallel, phantom))
     return meshes[sizes.phantom]

@@ -199,8 +199,8 @@ class SplitLinear(nn.Linear):
         self.ranks.agreement.last = last
         return last
 
-    def _versions(self) -> tuple[int | None, ...]:
-        return tuple(version_of(t) for t in self.factors() if t is not None)
+    def _versions(self) -> tuple[object, ...]:
+        return tuple((version_of(t), t.requires_grad) for t in self.factors() if t is not None)
 
     def _forget(self, reference: weakref.ref[Tensor]) -> None:
         last = self.ranks.agreement.last
@@ -270,7 +270,7 @@ class Last:
     x: Tensor
     rows: Rows
     inside: bool
-    outputs: dict[SplitLinear, tuple[Tensor, tuple[int | None, ...]]] = field(default_factory=dict)
+    outputs: dict[SplitLinear, tuple[Tensor, tuple[object, ...]]] = field(default_factory=dict)
 
     def is_of(self, input: Tensor) -> bool:
         """Whether `input` is the one that was read, unchanged, and would be read alike now."""

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_phantom.cost.layer import Layer, as_layers, in_pairs, is_row
+from lightning_phantom.cost.layer import Layer, as_layers, is_row
 from lightning_phantom.distributed.agreement import Agreement, Rows
 from lightning_phantom.distributed.comm import record_traffic
 from lightning_phantom.distributed.ranks import Ranks, Waiting
@@ -138,11 +138,10 @@ def simulate(
         torch.set_num_threads(max(1, cores // min(num_ranks, cores)))
         ranks = FilledRanks(dist.group.WORLD if num_ranks > 1 else None)
         kind = {"device": "meta", "dtype": getattr(torch, dtype)}
-        lying = dict.fromkeys(("tensor_parallel", "tensor_parallel_layerwise", "phantom"), as_layers(layers))
-        lying["tensor_parallel"] = [in_pairs(layer) for layer in lying["tensor_parallel"]]
+        given = as_layers(layers)
         return {
-            method: _run(partial(make_share, method, those, num_blocks, ranks, kind), those, tokens, ranks)
-            for method, those in lying.items()
+            method: _run(partial(make_share, method, given, num_blocks, ranks, kind), given, tokens, ranks)
+            for method in ("tensor_parallel", "tensor_parallel_layerwise", "phantom")
         }
     finally:
         torch.set_num_threads(threads)

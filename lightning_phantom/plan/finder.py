@@ -14,17 +14,17 @@ from lightning_phantom.errors import PlanError
 from lightning_phantom.layers.dense import features, is_conv1d, is_linear
 from lightning_phantom.layers.split import SplitLinear
 from lightning_phantom.plan.record import Plan, PlannedLayer
-from lightning_phantom.plan.structure import alone, below_attention, find_ffns
+from lightning_phantom.plan.structure import alone, elsewhere, find_ffns, unpaired
 from lightning_phantom.plan.unfit import unfit
 
 
 def plan_phantom(module: nn.Module, config: PhantomConfig) -> Plan:
     """List every linear of `module`, what happens to it under `config`, and why. Changes nothing.
 
-    Without a plan of the user's own, the linears of feed-forward networks are swapped where phantom makes them smaller:
-    those that a Hugging Face model's own tensor parallel plan names, that a trace of a forward finds connected by
-    elementwise operations and norms, or that stand one after the other as d -> h and h -> d, gated or not. `"skip"` is
-    the decision for the others. With a plan of the user's own, the linears that it names are swapped, and no other.
+    Without a plan of the user's own, the linears of feed-forward networks (FFNs) are swapped where phantom makes them
+    smaller: those that a Hugging Face model's own tensor parallel plan names, that a trace of a forward finds connected
+    by elementwise operations and norms, or that stand one after the other as d -> h and h -> d, gated or not. `"skip"`
+    is the decision for the others. With a plan of the user's own, the linears that it names are swapped, and no other.
 
     Args:
         module: any module, on any device.
@@ -57,12 +57,11 @@ def _make_plan(module: nn.Module, config: Config) -> Plan:
     words = _resolve_words(config.plan, linears, module)
     reasons = unfit(module, new)
     obstacles = {name: reasons.get(name) or _indivisible(m, config) for name, m in new.items()}
-    attention = below_attention(module, new)
 
     if config.plan is None:
-        for name, owner in attention.items():
-            obstacles[name] = obstacles[name] or f"below the attention {owner!r}"
-        obstacles = {name: why or _no_gain(new[name], config) for name, why in obstacles.items()}
+        for name, part in elsewhere(module).items():
+            obstacles[name] = obstacles.get(name) or part
+        obstacles = {name: obstacles[name] or _no_gain(m, config) for name, m in new.items()}
         available = [name for name, why in obstacles.items() if why is None]
         ffns = find_ffns(module, available)
     else:
@@ -72,9 +71,9 @@ def _make_plan(module: nn.Module, config: Config) -> Plan:
             raise PlanError("\n".join(["the plan names layers that cannot be swapped; skip them:", *refused]))
         ffns = find_ffns(module, available)
         found = {name for ffn in ffns for name in ffn.names}
-        lone = [name for name in available if name not in found]
-        ffns += [alone(name) for name in lone]
+        ffns += [alone(name) for name in available if name not in found]
     places = {name: (ffn, group) for ffn in ffns for group in ffn.groups for name in group.names}
+    unpaired_for = unpaired(module, [name for name in available if name not in places])
 
     layers = []
     for name, linear in linears.items():
@@ -82,32 +81,33 @@ def _make_plan(module: nn.Module, config: Config) -> Plan:
             layers.append(_describe(name, linear, config, "skip", f"is a {linear.kind} layer already"))
         elif name in places:
             ffn, group = places[name]
-            found_by = f"FFN in {ffn.block or 'the root module'}, {ffn.known_by}"
-            reason = found_by if config.plan is None else "named in the plan"
+            reason = f"FFN: {ffn.known_by}" if config.plan is None else "named in the plan"
             decision = config.decision(group.depth)
             layers.append(_describe(name, linear, config, decision, reason, _no_gain(linear, config) or ""))
         elif config.plan is not None:
             reason = "skipped by the plan" if name in words else "not named in the plan"
             layers.append(_describe(name, linear, config, "skip", reason))
         else:
-            reason = obstacles[name] or "no FFN: no linear before or after it makes one with it"
-            layers.append(_describe(name, linear, config, "skip", reason))
+            layers.append(_describe(name, linear, config, "skip", obstacles[name] or unpaired_for[name]))
     return Plan(config, tuple(layers), tuple(ffns))
 
 
 def _resolve_words(
     plan: Mapping[str, str] | None, linears: Mapping[str, nn.Module], module: nn.Module
 ) -> dict[str, str]:
-    """The plan's word for each linear it names; later entries win."""
+    """The plan's word for each linear it names, by any of its names; later entries win."""
+    first = {id(m): name for name, m in linears.items()}
+    modules = dict(module.named_modules(remove_duplicate=False))
     words: dict[str, str] = {}
     for glob, word in (plan or {}).items():
-        matched = [name for name in linears if fnmatchcase(name, glob)]
+        found = {name: m for name, m in modules.items() if fnmatchcase(name, glob)}
+        matched = {first[id(m)]: word for m in found.values() if id(m) in first}
         if not matched:
-            others = [f"{name!r} ({type(m).__name__})" for name, m in module.named_modules() if fnmatchcase(name, glob)]
+            others = [f"{name!r} ({type(m).__name__})" for name, m in found.items()]
             what = f"matches {others[0]}, which is no linear layer" if others else "matches no module"
             names = ", ".join(map(repr, list(linears)[:8])) + (", ..." if len(linears) > 8 else "")
             raise PlanError(f"plan entry {glob!r}: {word!r} {what}. The linear layers here are: {names or 'none'}.")
-        words.update(dict.fromkeys(matched, word))
+        words.update(matched)
     return words
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -88,7 +89,6 @@ class Plan:
                 shares_input=n > 0,
                 phantom_width=by_name[name].phantom_width,
                 depth=group.depth,
-                in_pairs=group.in_pairs,
             )
             for ffn in self.ffns
             for group in ffn.groups
@@ -115,7 +115,7 @@ class Plan:
                 "-" if layer.phantom_width is None else str(layer.phantom_width),
                 f"{sum(each.weights_before for each in alike):,}",
                 f"{sum(each.weights_after for each in alike):,}",
-                _numberless(layer.reason) if len(alike) > 1 else layer.reason,
+                _reason_of_all([each.reason for each in alike]),
             )
         table.add_section()
         before = sum(layer.weights_before for layer in self.layers)
@@ -133,7 +133,7 @@ class Plan:
         return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
 
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=\.)\d+\b|\b\d+(?=\.)")  # as part of a name
 
 
 def _numberless(text: str) -> str:
@@ -150,13 +150,28 @@ def _folded(layers: Sequence[PlannedLayer]) -> list[list[PlannedLayer]]:
     groups: dict[object, list[PlannedLayer]] = {}
     for layer in layers:
         groups.setdefault(looks(layer), []).append(layer)
-    return list(groups.values())
+    rows: list[list[PlannedLayer]] = []
+    for group in groups.values():
+        numbers = zip(*(_NUMBER.findall(layer.name) for layer in group), strict=True)
+        has_one_name = math.prod(len(set(column)) for column in numbers) == len(group)
+        rows += [group] if has_one_name else [[layer] for layer in group]
+    return rows
 
 
 def _name_of_all(names: Sequence[str]) -> str:
     """One name for names that differ in numbers: `layers.{0-23}.mlp.up`."""
-    parts = zip(*(name.split(".") for name in names), strict=True)
-    return ".".join(column[0] if len(set(column)) == 1 else _numbers({int(c) for c in column}) for column in parts)
+    return _of_all(names, _numbers)
+
+
+def _reason_of_all(reasons: Sequence[str]) -> str:
+    """One reason for reasons that differ in numbers, with a * for each that does."""
+    return _of_all(reasons, lambda found: "*")
+
+
+def _of_all(texts: Sequence[str], write: Callable[[set[int]], str]) -> str:
+    columns = zip(*(map(int, _NUMBER.findall(text)) for text in texts), strict=True)
+    found = iter([set(column) for column in columns])
+    return _NUMBER.sub(lambda number: number[0] if len(values := next(found)) == 1 else write(values), texts[0])
 
 
 def _numbers(found: set[int]) -> str:

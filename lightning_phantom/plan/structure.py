@@ -1,26 +1,21 @@
 """Finds feed-forward networks (FFNs): which linears belong to one, in which order, and which read the same value.
 
 It proves nothing and need not: a layer computes the same wherever it stands, and what is guessed wrong costs an
-exchange (`layers.activation`). Four ways to know, the first that knows counts: the user's plan, a model's own tensor
-parallel plan, a trace of a module's forward, and how linears are registered.
+exchange (`layers.activation`). Four ways to know, the first that knows counts: a model's own tensor parallel plan, a
+trace of a module's forward, torch's transformer layers, and how linears are registered.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from lightning_phantom.layers.dense import features, is_linear
 from lightning_phantom.plan.trace import Flow, flows_of
-
-_FEED_FORWARD = re.compile(
-    r"mlp|ffn|ff\b|feed_?forward|dense_h_to_4h|dense_4h_to_h|intermediate|fc[12_]", re.IGNORECASE
-)
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
 class Group(NamedTuple):
@@ -32,7 +27,6 @@ class Group(NamedTuple):
         enters: whether the value is whole tokens: it comes from outside the FFN, or out of a norm in it.
         leaves: whether something outside reads what they write.
         exits: whether what they write goes back to whole tokens: it leaves, or a norm in the FFN reads it.
-        in_pairs: `enters` and `exits` in Megatron's pairs, where those of odd depth write whole tokens.
     """
 
     names: tuple[str, ...]
@@ -40,19 +34,16 @@ class Group(NamedTuple):
     enters: bool
     leaves: bool
     exits: bool
-    in_pairs: tuple[bool, bool]
 
 
 class FFN(NamedTuple):
     """A feed-forward network in a module.
 
     Attributes:
-        block: full name of the module in which it lies.
         groups: its linears, in the order of the forward.
         known_by: how it was found, in words.
     """
 
-    block: str
     groups: tuple[Group, ...]
     known_by: str
 
@@ -62,40 +53,68 @@ class FFN(NamedTuple):
         return tuple(name for group in self.groups for name in group.names)
 
 
-def below_attention(root: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """The attention that each of `names` lies below, for those that do."""
-    found = {}
-    for name in names:
-        parts = name.split(".")
-        for n in range(1, len(parts)):
-            owner = ".".join(parts[:n])
-            module = root.get_submodule(owner)
-            ffn_inside = any(_FEED_FORWARD.search(part) for part in parts[n:-1])
-            is_attention = _ATTENTION.search(parts[n - 1]) or _ATTENTION.search(type(module).__name__)
-            if is_attention and not ffn_inside and _holds_attention_alone(parts, n, type(module).__name__):
-                found[name] = owner
-                break
-    return found
-
-
-def _holds_attention_alone(parts: list[str], n: int, kind: str) -> bool:
-    """Whether what lies below is the attention itself; `AttentionBlock` and the like hold an FFN, too."""
-    return not re.search(r"block|layer$|encoder|decoder|model|stack", kind, re.IGNORECASE) or bool(
-        re.fullmatch(r"(self_|cross_)?(attn|attention)|.*_(attn|attention)", parts[n - 1], re.IGNORECASE)
-    )
-
-
 def find_ffns(root: nn.Module, available: Collection[str]) -> list[FFN]:
     """The FFNs among the linears `available`, in the order of their first linear."""
     found: list[FFN] = []
     left = dict.fromkeys(available)
-    for find in (_declared, _traced, _registered):
+    for find in (_declared, _traced, _torchs, _registered):
         for ffn in find(root, left):
-            found.append(ffn)
-            for name in ffn.names:
-                left.pop(name, None)
+            if all(name in left for name in ffn.names):
+                found.append(ffn)
+                for name in ffn.names:
+                    del left[name]
     order = {name: n for n, name in enumerate(available)}
     return sorted(found, key=lambda ffn: min(order[name] for name in ffn.names))
+
+
+# What is no FFN
+
+
+def elsewhere(root: nn.Module) -> dict[str, str]:
+    """The linears that have another part to play, as a module's name or a model's own method says, and which."""
+    attentions = _attentions(root)
+    innermost = attentions.keys() - {owner for name in attentions for owner in _owners(name)}
+    heads = {id(head) for model in root.modules() if (head := _output_embeddings(model)) is not None}
+    found = {}
+    for name, module in _linears(root).items():
+        if id(module) in heads:
+            found[name] = "the model's head: its output embedding"
+        elif owner := next((o for o in _owners(name) if o in innermost), None):
+            found[name] = f"part of the attention ({attentions[owner]})"
+    return found
+
+
+def unpaired(root: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Why each of `names` is in no FFN: linears that are neither elsewhere nor found."""
+    attentions, fused = _attentions(root), _fused(root)
+    found = {}
+    for name in names:
+        if owner := next((o for o in _owners(name) if o in attentions), None):
+            found[name] = f"part of the attention ({attentions[owner]})"
+        elif name in fused:
+            found[name] = "gate and up are one linear here, whose halves are read apart"
+        else:
+            found[name] = "stands alone: no other linear makes an FFN with it"
+    return found
+
+
+def _attentions(root: nn.Module) -> dict[str, str]:
+    """The modules that call themselves attention, and how. One may hold another, and an FFN beside that."""
+    found: dict[str, str] = {}
+    for name, module in root.named_modules():
+        if name and not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            for called in (type(module).__name__, name.rpartition(".")[2]):
+                if called.rstrip("0123456789").lower().endswith(("attn", "attention")):
+                    found.setdefault(name, called)
+    return found
+
+
+def _output_embeddings(model: Any) -> Any:
+    """What a Hugging Face model computes the scores of its vocabulary with."""
+    try:
+        return model.get_output_embeddings()
+    except Exception:  # no such method, or one of the user's own
+        return None
 
 
 # A model's own plan
@@ -103,19 +122,18 @@ def find_ffns(root: nn.Module, available: Collection[str]) -> list[FFN]:
 
 def _declared(root: nn.Module, left: Mapping[str, Any]) -> Iterable[FFN]:
     """FFNs that a Hugging Face model's own TP plan names: column-wise linears, and the row-wise one after them."""
-    words = declared_words(root, left)
+    words = _declared_words(root, left)
     blocks: dict[str, list[str]] = defaultdict(list)
-    for name in left:
-        if name in words and words[name] in ("colwise", "rowwise"):
-            blocks[name.rpartition(".")[0]].append(name)
-    for block, names in blocks.items():
+    for name in words:
+        blocks[name.rpartition(".")[0]].append(name)
+    for names in blocks.values():
         columns = tuple(name for name in names if words[name] == "colwise")
-        rows = tuple(name for name in names if words[name] == "rowwise")
+        rows = [name for name in names if words[name] == "rowwise"]
         if len(rows) == 1 and columns and _match(root, columns, rows[0]):
-            yield _pair(block, columns, rows[0], "the model's own TP plan")
+            yield _pair(columns, rows[0], "the model's own TP plan names it")
 
 
-def declared_words(root: nn.Module, linears: Collection[str]) -> dict[str, str]:
+def _declared_words(root: nn.Module, linears: Collection[str]) -> dict[str, str]:
     """The word that the plans of the models below `root` have for each of `linears`, where they have one."""
     words: dict[str, str] = {}
     for name, model in root.named_modules():
@@ -140,86 +158,102 @@ def _numberless(name: str) -> str:
 # A trace
 
 
-def _traced(root: nn.Module, left: Mapping[str, Any]) -> Iterable[FFN]:
+def _traced(root: nn.Module, left: Mapping[str, Any]) -> Iterator[FFN]:
     """FFNs in the forwards that torch.fx can trace, from the outermost module inwards."""
-    known: dict[str, list[FFN]] = {}  # modules that look the same flow the same
+    known: dict[object, list[Flow]] = {}  # modules that look the same flow the same
+    others = elsewhere(root)
 
-    def search(owner: str, module: nn.Module) -> Iterable[FFN]:
-        inside = [name for name in left if _is_below(owner, name)]
-        if len(inside) < 2 or (not owner and any("." not in name for name in inside) and is_linear(module)):
+    def search(owner: str, module: nn.Module, inside: list[str]) -> Iterator[FFN]:
+        if len(inside) < 2 or not any(name in left for name in inside):
             return
-        key = f"{type(module).__module__} {module!r} {[name[len(owner) :] for name in inside]}"
+        start = len(owner) + bool(owner)
+        linears = tuple(name[start:] for name in inside)
+        key = type(module).__module__, repr(module), linears
         if key not in known:
-            flows = flows_of(module, {name[len(owner) + bool(owner) :] for name in inside})
-            known[key] = _ffns_of(flows) if flows is not None else []
-        used: set[str] = set()
-        for ffn in known[key]:
-            groups = tuple(g._replace(names=tuple(join(owner, n) for n in g.names)) for g in ffn.groups)
-            names = [name for g in groups for name in g.names]
-            used.update(names)
-            yield FFN(_common(names), groups, "traced")
+            known[key] = flows_of(module, linears) or []
+        for groups in _connected(known[key], {name[start:] for name in inside if name in left}):
+            whole = (group._replace(names=tuple(join(owner, name) for name in group.names)) for group in groups)
+            yield FFN(tuple(whole), "a trace connects its linears")
         for name, child in module.named_children():
             below = join(owner, name)
-            if sum(_is_below(below, n) for n in left if n not in used) > 1:
-                yield from (f for f in search(below, child) if not used & set(f.names))
+            yield from search(below, child, [each for each in inside if each.startswith(f"{below}.")])
 
-    taken: set[str] = set()
-    for ffn in search("", root):
-        if not taken & set(ffn.names):
-            taken.update(ffn.names)
-            yield ffn
+    yield from search("", root, [name for name in _linears(root) if name in left or name not in others])
 
 
-def _ffns_of(flows: list[Flow]) -> list[FFN]:
-    """Join the linears that hand values to each other; alone ones are no FFN."""
+def _connected(flows: list[Flow], wanted: set[str]) -> Iterator[tuple[Group, ...]]:
+    """The linears of `wanted` that hand values to each other, or stand between two linears that stay dense."""
     parts: list[set[str]] = []
+    calls: dict[str, Flow] = {}
     for flow in flows:
-        linked = {flow.name, *flow.sources}
+        calls.setdefault(flow.name, flow)
+    flows = list(calls.values())  # the first of each linear
+    for flow in (f for f in flows if f.name in wanted):
+        linked = {flow.name, *flow.sources} & wanted
         touching = [part for part in parts if part & linked]
         parts = [part for part in parts if not part & linked] + [linked.union(*touching)]
-    found = []
     for part in parts:
-        if len(part) < 2:
-            continue
+        depth: dict[str, int] = {}
         groups: dict[object, list[Flow]] = defaultdict(list)
         for flow in (f for f in flows if f.name in part):
+            depth[flow.name] = max((depth.get(s, -1) + 1 for s in flow.sources), default=0)
             groups[flow.reads].append(flow)
-        found.append(
-            FFN(
-                "",
-                tuple(
+        read_outside = {source for flow in flows if flow.name not in part for source in flow.sources}
+        has_linears_around = bool(part & read_outside) and any(f.sources for f in flows if f.name in part)
+        if len(part) > 1 or has_linears_around:
+            joined = []
+            for group in groups.values():
+                leaves = any(flow.leaves or flow.name in read_outside for flow in group)
+                joined.append(
                     Group(
-                        tuple(dict.fromkeys(f.name for f in group)),
-                        group[0].depth,
-                        group[0].enters,
-                        any(f.leaves for f in group),
-                        any(f.exits for f in group),
-                        (group[0].in_pairs[0], any(f.in_pairs[1] for f in group)),
+                        tuple(flow.name for flow in group),
+                        depth[group[0].name],
+                        enters=group[0].normed or not set(group[0].sources) & part,
+                        leaves=leaves,
+                        exits=any(flow.exits or flow.name in read_outside for flow in group),
                     )
-                    for group in groups.values()
-                ),
-                "traced",
-            )
-        )
-    return found
+                )
+            yield tuple(joined)
+
+
+# Torch's transformer layers: no trace goes through an encoder's
+
+
+def _torchs(root: nn.Module, left: Mapping[str, Any]) -> Iterator[FFN]:
+    """The FFNs of torch's transformer layers, of any sizes."""
+    for name, module in root.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            yield _pair((join(name, "linear1"),), join(name, "linear2"), "the two linears of torch's transformer layer")
 
 
 # How linears are registered
 
 
-def _registered(root: nn.Module, left: Mapping[str, Any]) -> Iterable[FFN]:
+def _registered(root: nn.Module, left: Mapping[str, Any]) -> Iterator[FFN]:
     """D -> h and h -> d (gated: d -> h twice), registered one after the other, nothing linear between."""
-    names = [name for name, module in root.named_modules() if is_linear(module)]
-    n = 0
-    while n < len(names):
-        for columns in (2, 1):
-            run = names[n : n + columns + 1]
-            if len(run) == columns + 1 and all(name in left for name in run):
-                if _match(root, run[:-1], run[-1]) and _same_block(run):
-                    yield _pair(_common(run), tuple(run[:-1]), run[-1], "two linears of one block")
-                    n += columns
-                    break
-        n += 1
+    for run in _runs(root):
+        if len(run) <= 3 and all(name in left for name in run) and _match(root, run[:-1], run[-1]):
+            yield _pair(tuple(run[:-1]), run[-1], "d -> h and h -> d in one block")
+
+
+def _fused(root: nn.Module) -> set[str]:
+    """The linears of FFNs whose gate and up are one linear, as their sizes say."""
+    sizes = {name: features(module) for name, module in _linears(root).items()}
+    pairs = [run for run in _runs(root) if len(run) == 2]
+    return {name for a, b in pairs if sizes[a] == (sizes[b][1], 2 * sizes[b][0]) for name in (a, b)}
+
+
+def _runs(root: nn.Module) -> Iterator[list[str]]:
+    """Linears of one size and one block, and the next one, which has another size."""
+    sizes = {name: features(module) for name, module in _linears(root).items()}
+    run: list[str] = []
+    for name, size in sizes.items():
+        if run and _one_block(run[0], name):
+            if size == sizes[run[0]]:
+                run.append(name)
+                continue
+            yield [*run, name]
+        run = [name]
 
 
 def _match(root: nn.Module, columns: Collection[str], row: str) -> bool:
@@ -227,30 +261,25 @@ def _match(root: nn.Module, columns: Collection[str], row: str) -> bool:
     return into == {(out_of[1], out_of[0])}
 
 
-def _same_block(names: list[str]) -> bool:
-    """Whether the linears lie in one block: none of them in another numbered part of the model."""
-    rests = [name[len(_common(names)) :].split(".") for name in names]
-    return not any(part.isdigit() for rest in rests for part in rest[:-1])
+def _one_block(*names: str) -> bool:
+    """Whether linears lie in one block: none of them in another numbered part of the model."""
+    parts = [name.split(".")[:-1] for name in names]
+    shared = 0
+    while all(len(p) > shared for p in parts) and len({p[shared] for p in parts}) == 1:
+        shared += 1
+    return not any(part.isdigit() for p in parts for part in p[shared:])
 
 
-def _pair(block: str, columns: tuple[str, ...], row: str, known_by: str) -> FFN:
-    first = Group(columns, 0, True, False, False, (True, False))
-    return FFN(block, (first, Group((row,), 1, False, True, True, (False, False))), known_by)
+def _pair(columns: tuple[str, ...], row: str, known_by: str) -> FFN:
+    return FFN((Group(columns, 0, True, False, False), Group((row,), 1, False, True, True)), known_by)
 
 
 def alone(name: str) -> FFN:
     """An FFN of one linear."""
-    return FFN(name.rpartition(".")[0], (Group((name,), 0, True, True, True, (True, True)),), "alone")
+    return FFN((Group((name,), 0, True, True, True),), "alone")
 
 
-def _common(names: Collection[str]) -> str:
-    parts = [name.split(".")[:-1] for name in names]
-    shared = []
-    for column in zip(*parts, strict=False):
-        if len(set(column)) > 1:
-            break
-        shared.append(column[0])
-    return ".".join(shared)
+# Names
 
 
 def join(owner: str, name: str) -> str:
@@ -258,5 +287,11 @@ def join(owner: str, name: str) -> str:
     return ".".join(part for part in (owner, name) if part)
 
 
-def _is_below(owner: str, name: str) -> bool:
-    return name.startswith(f"{owner}." if owner else "")
+def _owners(name: str) -> Iterator[str]:
+    """The modules above `name`, the outermost first."""
+    parts = name.split(".")
+    yield from (".".join(parts[:n]) for n in range(1, len(parts)))
+
+
+def _linears(root: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in root.named_modules() if is_linear(module)}

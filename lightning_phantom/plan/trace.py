@@ -5,18 +5,17 @@ from __future__ import annotations
 import gc
 import inspect
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from lightning_phantom.layers.dense import is_linear
-from lightning_phantom.layers.elementwise import TABLE, is_elementwise_module
+from lightning_phantom.layers.elementwise import ANSWERS, TABLE, is_elementwise_module
 
 _METHODS = frozenset(TABLE.values())
-_OPERATORS = frozenset("add sub mul truediv pow neg abs floordiv mod pos".split())
 _NORMS = tuple(
     getattr(nn, name)
     for name in "LayerNorm RMSNorm GroupNorm BatchNorm1d BatchNorm2d SyncBatchNorm PReLU GLU".split()
@@ -30,37 +29,18 @@ class Flow(NamedTuple):
     Attributes:
         name: of the linear, from the traced module.
         sources: the linears whose outputs its input is made from, by elementwise operations and norms alone.
-        depth: how many linears lie before it, on the longest way.
         reads: what it reads; equal for those that read the same value.
-        enters: whether that is whole tokens: from outside the linears, or out of a norm.
         leaves: whether something else reads what is made from its output.
-        exits: whether what it is the last to write into goes back to whole tokens, for something else or for a norm.
-        in_pairs: `enters` and `exits` where linears of odd depth write whole tokens, as in Megatron's pairs.
+        normed: whether a norm has made what it reads, which is whole tokens then.
+        exits: whether what it is the last to write into goes back to whole tokens, for a norm or for something else.
     """
 
     name: str
     sources: tuple[str, ...]
-    depth: int
     reads: object
-    enters: bool
     leaves: bool
+    normed: bool
     exits: bool
-    in_pairs: tuple[bool, bool]
-
-
-class _Layout:
-    """Which values are whole tokens, and which linears write into those that go back to them."""
-
-    def __init__(self) -> None:
-        self.whole: set[fx.Node] = set()
-        self.exiting: set[str] = set()
-
-    def place(self, node: fx.Node, sources: Mapping[fx.Node, tuple[str, ...]], reads_whole: bool) -> None:
-        """Note what an operation makes, and what it does to what it reads."""
-        read = node.all_input_nodes
-        if reads_whole or any(r in self.whole for r in read):
-            self.whole.add(node)
-            self.exiting.update(sources[r][-1] for r in read if r in sources and r not in self.whole)
 
 
 def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
@@ -74,61 +54,70 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
     except Exception:  # user code meets stand-ins here: anything can be raised
         return None
     sources: dict[fx.Node, tuple[str, ...]] = {}
-    depth: dict[str, int] = {}
-    calls: list[tuple[str, fx.Node]] = []
-    leaving: set[str] = set()
-    inside, in_pairs = _Layout(), _Layout()
+    answers: set[fx.Node] = set()  # shapes, types and numbers that come of them
+    normed: set[fx.Node] = set()
+    exiting: set[str] = set()
     for node in graph.nodes:
-        read = node.all_input_nodes
-        if node.op == "call_module" and node.target in linears:
+        reads = [read for read in node.all_input_nodes if read not in answers]
+        if node.all_input_nodes and (not reads or _asks(node)):
+            answers.add(node)
+        elif node.op == "call_module" and node.target in linears:
+            sources[node] = (node.target,)
+        elif _by_feature(node, module):
+            made = [sources.get(read, ()) for read in reads]
+            if made and all(made):
+                sources[node] = tuple(dict.fromkeys(name for names in made for name in names))
+                if _is_norm(node, module) or normed & set(reads):
+                    normed.add(node)
+        if node not in answers and (node not in sources or node in normed):
+            exiting.update(sources[read][-1] for read in reads if read in sources and read not in normed)
+    leaving = {
+        name
+        for node in graph.nodes
+        for read in node.all_input_nodes
+        if node not in sources and node not in answers
+        for name in sources.get(read, ())
+    }
+    flows = []
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target in linears and node.all_input_nodes:
+            read = node.all_input_nodes[0]
             name = str(node.target)
-            depth[name] = max((depth[s] + 1 for r in read for s in sources.get(r, ())), default=0)
-            sources[node] = (name,)
-            calls += [(name, r) for r in read[:1]]
-            if depth[name] % 2:
-                in_pairs.whole.add(node)
-            continue
-        if read and all(r in sources for r in read) and _connects(node, module):
-            sources[node] = tuple(dict.fromkeys(name for r in read for name in sources[r]))
-        else:
-            leaving.update(name for r in read for name in sources.get(r, ()))
-        for layout in (inside, in_pairs):
-            layout.place(node, sources, node not in sources or _is_norm(node, module))
-    return [
-        Flow(
-            name,
-            sources.get(reads, ()),
-            depth[name],
-            reads,
-            reads in inside.whole,
-            name in leaving,
-            name in inside.exiting,
-            (reads in in_pairs.whole, name in in_pairs.exiting),
-        )
-        for name, reads in calls
-    ]
+            flows.append(Flow(name, sources.get(read, ()), read, name in leaving, read in normed, name in exiting))
+    return flows
+
+
+def _asks(node: fx.Node) -> bool:
+    """Whether a node reads nothing of a value but its shape, type or place."""
+    name = node.args[1] if node.target is getattr else node.target if node.op == "call_method" else ""
+    question = getattr(Tensor, str(name), None)
+    return question in ANSWERS or getattr(question, "__get__", None) in ANSWERS
+
+
+def _by_feature(node: fx.Node, root: nn.Module) -> bool:
+    if node.op == "call_module":
+        return _is_by_feature(root.get_submodule(str(node.target)))
+    name = getattr(node.target, "__name__", str(node.target))
+    if node.op == "call_method":
+        return name in _METHODS
+    is_operator = getattr(node.target, "__module__", "") == "_operator" and f"__{name}__" in _METHODS
+    return node.op == "call_function" and (node.target in TABLE or is_operator)
 
 
 def _is_norm(node: fx.Node, root: nn.Module) -> bool:
     return node.op == "call_module" and isinstance(root.get_submodule(str(node.target)), _NORMS)
 
 
-def _connects(node: fx.Node, root: nn.Module) -> bool:
-    """Whether linears before and after it are of one FFN: a norm, or an operation that treats every feature alone."""
-    if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
-        return is_elementwise_module(module) or _is_norm(node, root) or _is_activation(module)
-    name = getattr(node.target, "__name__", str(node.target))
-    if node.op == "call_method":
-        return name in _METHODS
-    return node.op == "call_function" and (node.target in TABLE or name in _OPERATORS)
+def _is_by_feature(module: nn.Module) -> bool:
+    """Whether it is an activation function, by its type or its name, a norm, or a sequence of such."""
+    if type(module) is nn.Sequential:
+        return all(map(_is_by_feature, module))
+    names_itself = type(module).__name__.lower().endswith(("activation", "gelu", "relu", "silu"))
+    return is_elementwise_module(module) or isinstance(module, _NORMS) or (names_itself and not _holds_weights(module))
 
 
-def _is_activation(module: nn.Module) -> bool:
-    """Whether it is an activation function, by its name: it holds nothing."""
-    return type(module).__name__.lower().endswith(("activation", "gelu", "relu", "silu")) and not list(
-        module.parameters()
-    )
+def _holds_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 class _Tracer(fx.Tracer):

@@ -1,4 +1,4 @@
-"""torch's own transformer layers: their feed-forward chain, known rather than traced, and the fused path around it.
+"""The fused path of torch's own transformer layers, past the forwards of their linears.
 
 In eval mode nn.TransformerEncoderLayer hands the weights of its linears to one fused kernel, and nn.TransformerEncoder
 packs padded batches into nested tensors for it. Where a linear was swapped both are switched off.
@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-BLOCKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _BEFORE = "_before_phantom"
 
 

@@ -171,7 +171,6 @@ class SplitStrategy(RunningStrategy):
         if fitting:
             if self.world_size > 1:
                 self.configure_ddp()
-                torch.manual_seed(torch.initial_seed() + self.global_rank)  # dropout falls otherwise on every rank
             self.optimizers, self.lr_scheduler_configs = [], []
             self.setup_optimizers(trainer)
             assert self._swapper is not None and self.plan is not None

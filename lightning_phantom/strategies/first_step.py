@@ -14,7 +14,7 @@ from lightning_phantom.plan.record import Plan
 
 
 class FirstStep:
-    """Watches the first training step, and reports at the beginning of the second.
+    """Watches the first training step, and reports when it is over.
 
     Args:
         module: the module that is trained.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
@@ -112,14 +112,19 @@ class RunningStrategy(CheckpointingStrategy):
             self.model = module
             if self.world_size > 1:
                 self.configure_ddp()
-        if self._first_step is None:
+        self._report_first_step()
+        with nullcontext() if self._first_step is None else self._first_step.watching():
             return super().training_step(*args, **kwargs)
-        if self._first_step.is_over:
+
+    def on_train_end(self) -> None:
+        """Report on the first step where there was no second."""
+        super().on_train_end()
+        self._report_first_step()
+
+    def _report_first_step(self) -> None:
+        if self._first_step is not None and self._first_step.is_over:
             self._first_step.report()
             self._first_step = None
-            return super().training_step(*args, **kwargs)
-        with self._first_step.watching():
-            return super().training_step(*args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's step on a batch that the ranks of a group share."""

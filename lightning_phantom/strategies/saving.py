@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.strategies import DDPStrategy
@@ -36,6 +37,7 @@ class CheckpointingStrategy(DDPStrategy):
         self._state_dict_type = state_dict_type
         self._weights_only = weights_only
         self._resumed_rng: SavedGenerators | None = None
+        self._restored_rng = False  # in this fit
         self._resumed_loaders: list[dict[str, Any]] = []
 
     @property
@@ -119,15 +121,22 @@ class CheckpointingStrategy(DDPStrategy):
         return super().process_dataloader(dataloader)
 
     def on_train_start(self) -> None:
-        """Restore the generators of a fit that goes on within an epoch."""
+        """Let dropout fall otherwise on every rank; in a fit that goes on, where it would have fallen.
+
+        Until here, as under DDP, all ranks have drawn alike: what users split at random is split alike.
+        """
         if self._resumed_rng is not None:
             self._restore_rng()
+        if not self._restored_rng and self.world_size > 1:
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
+        self._restored_rng = False
         super().on_train_start()
 
     def _restore_rng(self) -> None:
         assert self._resumed_rng is not None
         saved, self._resumed_rng = self._resumed_rng, None
-        if not self._store.restore_generators(saved):
+        self._restored_rng = self._store.restore_generators(saved)
+        if not self._restored_rng:
             rank_zero_info(
                 f"Random generators start anew: the checkpoint has those of {len(saved.states)} ranks, this run has "
                 f"{self.world_size}."

@@ -12,23 +12,12 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from ranks import run_ranks
 from torch.utils.data import DataLoader, RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
-from training import EMAWeightAveraging, Net, data, needs_ema, own, trainer
+from training import EMAWeightAveraging, Net, data, needs_ema, own, trainer, weights
 
 from lightning_phantom import PhantomStrategy
 from lightning_phantom.checkpoints.rng import rng_states, set_rng_states
-from lightning_phantom.layers.split import split_layers
 
 FORMATS = ("full", "sharded")
-
-
-def whole_weights(module):
-    layers = split_layers(module)
-    return {
-        name: layers[name.rpartition(".")[0]].global_tensor(name.rpartition(".")[2])
-        if name.rpartition(".")[0] in layers
-        else parameter.detach().clone()
-        for name, parameter in module.named_parameters()
-    }
 
 
 class Scheduled(Net):
@@ -67,10 +56,9 @@ def dataset(dtype):
 
 
 LOADERS = {
-    "shuffled": lambda d: DataLoader(d, batch_size=8, shuffle=True),
-    "shared out": lambda d: DataLoader(d, batch_size=own(8)),
+    "shuffled": lambda d: DataLoader(d, batch_size=own(8), shuffle=True),
     "own sampler": lambda d: DataLoader(d, batch_size=8, sampler=RandomSampler(d)),
-    "workers": lambda d: DataLoader(d, batch_size=8, shuffle=True, num_workers=1),
+    "workers": lambda d: DataLoader(d, batch_size=own(8), shuffle=True, num_workers=1),
     "stateful": lambda d: StatefulDataLoader(d, batch_size=8, shuffle=True),
 }
 
@@ -82,7 +70,7 @@ def shared_folder():
 
 
 def run(folder, strategy, loader, callbacks=(), ckpt_path=None, precision="32-true", epochs=3, seed=11, dropout=0.3):
-    """Train on 32 rows an epoch; return the module with what it saw, and the generators at the end."""
+    """Train three epochs of four steps; return the module with what it saw, and the generators at the end."""
     L.seed_everything(seed, verbose=False)
     module = Scheduled(dropout)
     t = trainer(
@@ -91,7 +79,7 @@ def run(folder, strategy, loader, callbacks=(), ckpt_path=None, precision="32-tr
         precision=precision,
         max_epochs=epochs,
         callbacks=list(callbacks),
-        use_distributed_sampler=loader in ("shuffled", "shared out", "workers"),
+        use_distributed_sampler=loader in ("shuffled", "workers"),
     )
     dtype = torch.float64 if precision == "64-true" else torch.float32
     t.fit(module, LOADERS[loader](dataset(dtype)), ckpt_path=ckpt_path)
@@ -99,7 +87,7 @@ def run(folder, strategy, loader, callbacks=(), ckpt_path=None, precision="32-tr
     return {
         "losses": module.losses,
         "batches": module.batches,
-        "weights": whole_weights(module),
+        "weights": weights(module),
         "adam": [v for state in states.values() for v in state.values()],
         "lr": t.optimizers[0].param_groups[0]["lr"],
         "rng": rng_states(),
@@ -131,7 +119,7 @@ def _bit_for_bit():
             uninterrupted = run(folder, strategy, loader, [SaveAt(step, path)])
             # Another seed: nothing may come from anywhere but the checkpoint.
             resumed = run(folder, strategy, loader, ckpt_path=path, seed=11 if loader != "own sampler" else 12)
-            results[kind, loader, step] = same(uninterrupted, resumed, step)
+            results[kind, loader, step] = same(uninterrupted, resumed, step), resumed["rng"]["torch"]
             dist.barrier()
             if dist.get_rank() == 0:
                 shutil.rmtree(folder)
@@ -140,92 +128,76 @@ def _bit_for_bit():
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_resume_is_bit_for_bit(size):
-    for result in run_ranks(size, _bit_for_bit, timeout_s=400):
-        for case, equal in result.items():
+    results = run_ranks(size, _bit_for_bit, timeout_s=400)
+    for result in results:
+        for case, (equal, _) in result.items():
             assert all(equal.values()), (case, equal)
+    for case, (_, generator) in results[0].items():  # each rank has its own
+        assert not any(torch.equal(generator, result[case][1]) for result in results[1:]), case
 
 
-PRECISIONS = ("32-true", "64-true")
+def long(folder, strategy, **kwargs):
+    """Four epochs in 64 bits, with the same masks on any number of ranks: none."""
+    return run(folder, strategy, "shuffled", precision="64-true", epochs=4, dropout=0.0, **kwargs)["losses"]
 
 
-def shared_out(folder, strategy, precision, **kwargs):
-    """The losses of all ranks' batches together, of a run that is the same on any ranks: as many rows, no dropout."""
-    result = run(folder, strategy, "shared out", precision=precision, epochs=4, dropout=0.0, **kwargs)
-    losses = torch.tensor(result["losses"], dtype=torch.float64)
-    dist.all_reduce(losses)
-    return losses / dist.get_world_size()
-
-
-def _write_both(folder):
-    """Save at step 4 in both formats; return the losses that follow."""
+def _written(folder):
+    """Save at step 4 in both formats; return the losses of the uninterrupted runs from there."""
     return {
-        (precision, kind): shared_out(
-            folder, {"state_dict_type": kind}, precision, callbacks=[SaveAt(4, f"{folder}/{kind}-{precision}.ckpt")]
-        )[4:]
-        for precision in PRECISIONS
+        kind: long(folder, {"state_dict_type": kind}, callbacks=[SaveAt(4, f"{folder}/{kind}.ckpt")])[4:]
         for kind in FORMATS
     }
 
 
-def _resume_both(folder, *sizes):
-    return [
-        {
-            (precision, kind): shared_out(folder, size, precision, ckpt_path=f"{folder}/{kind}-{precision}.ckpt")
-            for precision in PRECISIONS
-            for kind in FORMATS
-        }
-        for size in sizes
-    ]
+def _resumed(folder, layouts):
+    """Go on from what two ranks have saved: losses, and the weights to begin with."""
+    seen = []
+    for sizes in layouts:
+        losses, start = {}, {}
+        for kind in FORMATS:
+            path = f"{folder}/{kind}.ckpt"
+            losses[kind] = long(folder, sizes, ckpt_path=path)
+            module = Scheduled()
+            t = trainer(folder, strategy=PhantomStrategy(num_blocks=4, **sizes), precision="64-true")
+            t.validate(module, DataLoader(dataset(torch.float64)), ckpt_path=path)
+            start[kind] = weights(module)
+        seen.append((losses, start))
+    return seen
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A folder with a checkpoint of two ranks in either format and precision, and the losses that follow there."""
-    folder = tmp_path_factory.mktemp("written")
-    return folder, run_ranks(2, _write_both, str(folder))[0]
+    folder = tmp_path_factory.mktemp("two")
+    return folder, run_ranks(2, _written, str(folder))
 
 
-def test_resume_on_other_ranks_and_in_more_groups(written):
-    folder, expected = written
-    for ranks, sizes in ((1, [{}]), (4, [{}, {"phantom_parallel_size": 2}])):
-        for losses in run_ranks(ranks, _resume_both, str(folder), *sizes)[0]:
-            for (precision, kind), got in losses.items():
-                want = expected[precision, kind]
-                assert len(want) == 12
-                error = ((got - want) / want).abs()
-                limit = (1e-9, 1e-9) if precision == "64-true" else (1e-6, 1e-4)
-                assert error[0] < limit[0] and error.max() < limit[1], (ranks, precision, kind, error)
-
-
-def _groups(folder):
-    """Load on two groups of two."""
-    seen = {}
-    for kind in FORMATS:
-        module = Scheduled()
-        t = trainer(folder, strategy=PhantomStrategy(num_blocks=4, phantom_parallel_size=2))
-        t.validate(module, DataLoader(dataset(torch.float32), batch_size=8), ckpt_path=f"{folder}/{kind}-32-true.ckpt")
-        seen[kind] = whole_weights(module)
-    return seen
-
-
-def test_more_groups_load_the_same_weights(written):
-    folder, _ = written
-    factors = torch.load(folder / "full-32-true.ckpt", weights_only=True)["phantom"]["factors"]
-    (entry,) = [entry["tensors"] for entry in factors if entry["path"] == ["state_dict"]]
-    for result in run_ranks(4, _groups, str(folder)):
+@pytest.mark.parametrize(("size", "layouts"), [(1, [{}]), (4, [{}, {"phantom_parallel_size": 2}])])
+def test_resume_on_other_ranks(written, size, layouts):
+    """The ranks' mean losses go on, from the very same weights."""
+    folder, results = written
+    factors = torch.load(folder / "full.ckpt", weights_only=True)["phantom"]["factors"]
+    (saved,) = [entry["tensors"] for entry in factors if entry["path"] == ["state_dict"]]
+    by_rank = run_ranks(size, _resumed, str(folder), layouts)
+    for n, sizes in enumerate(layouts):
         for kind in FORMATS:
-            assert all(torch.equal(result[kind][name], tensor) for name, tensor in entry.items())
+            want = torch.tensor([result[kind] for result in results], dtype=torch.float64).mean(0)
+            got = torch.tensor([result[n][0][kind] for result in by_rank], dtype=torch.float64).mean(0)
+            error = ((got - want) / want).abs()
+            assert len(want) == 12 and error.max() < 1e-9, (size, sizes, kind, error)
+            for result in by_rank:
+                assert all(torch.equal(result[n][1][kind][name], tensor) for name, tensor in saved.items())
 
 
 def test_torchs_own_tools_read_a_sharded_checkpoint(written, tmp_path):
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-    path = written[0] / "sharded-32-true.ckpt"
+    folder, _ = written
+    path = folder / "sharded.ckpt"
     version = path / (path / "current").read_text().strip()
     assert [p.name for p in path.iterdir() if p.is_dir()] == [version.name]
     dcp_to_torch_save(version, tmp_path / "plain.pt")
     plain = torch.load(tmp_path / "plain.pt", weights_only=True)
-    full = torch.load(written[0] / "full-32-true.ckpt", weights_only=True)["phantom"]["factors"][0]["tensors"]
+    full = torch.load(folder / "full.ckpt", weights_only=True)["phantom"]["factors"][0]["tensors"]
     for name, tensor in full.items():
         assert torch.equal(plain[f"state_dict/{name}"], tensor), name
 

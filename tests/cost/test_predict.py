@@ -12,7 +12,7 @@ from lightning_phantom.commands.cli import main
 from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.cost.count import ELEMENT_BYTES, Group, estimate_cost
 from lightning_phantom.cost.data_parallel import Rest, estimate_data_parallel
-from lightning_phantom.cost.layer import Layer, as_layers, in_pairs, is_row
+from lightning_phantom.cost.layer import Layer, as_layers, is_row
 from lightning_phantom.cost.predict import (
     METHODS,
     Machine,
@@ -50,7 +50,7 @@ def test_stages_hold_the_work_and_the_bytes_of_the_cost_model(p, ranks):
     group, k, tokens, layers = Group(ranks, 96, 4), 2, 96, as_layers(CHAIN)
     stages = {
         "phantom": [s for layer in layers for s in phantom_stages(layer, p, k, group)],
-        "tensor_parallel": [s for layer in layers for s in exact_stages(in_pairs(layer), is_row(layer), group)],
+        "tensor_parallel": [s for layer in layers for s in exact_stages(layer, is_row(layer), group)],
         "tensor_parallel_layerwise": [s for layer in layers for s in exact_stages(layer, False, group)],
     }
     estimate = estimate_cost(CHAIN, p, k, ranks, tokens)

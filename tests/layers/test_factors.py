@@ -11,7 +11,7 @@ from ranks import run_ranks
 from torch import nn
 
 from lightning_phantom.config import PhantomConfig
-from lightning_phantom.distributed.comm import Ranks
+from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.layers.factors import Blocks, block_diagonal, from_dense, random_factors, to_dense
 from lightning_phantom.layers.phantom import PhantomLinear
 from lightning_phantom.swap import phantomize_

@@ -60,16 +60,15 @@ def torch_plan(module: nn.Module, num_ranks: int) -> tuple[Plan, dict[str, Any]]
     for ffn in plan.ffns:
         exits: set[bool] = set()  # of the column-parallel layers so far
         for group in sorted(ffn.groups, key=lambda group: group.depth):
-            enters, leaves = group.in_pairs
             if group.depth % 2 == 0:
-                exits.add(leaves)
-                style: Any = ColwiseParallel(output_layouts=Replicate() if leaves else Shard(-1))
-            elif len(exits) > 1 and not enters:
+                exits.add(group.exits)
+                style: Any = ColwiseParallel(output_layouts=Replicate() if group.exits else Shard(-1))
+            elif len(exits) > 1 and not group.enters:
                 raise PhantomError(
                     f"{group.names[0]!r} may read what lies in two ways at once, for which torch has no style."
                 )
             else:
-                style = RowwiseParallel(input_layouts=Replicate() if enters or True in exits else Shard(-1))
+                style = RowwiseParallel(input_layouts=Replicate() if group.enters or True in exits else Shard(-1))
             styles.update(dict.fromkeys(group.names, style))
     if not styles:
         raise PhantomError(f"nothing in {type(module).__name__} qualifies for tensor parallelism.")

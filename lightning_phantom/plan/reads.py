@@ -1,0 +1,104 @@
+"""Which linears have their weight or bias read by a module above them, past their forward.
+
+A layer that is split has other weights than the linear whose place it takes; who computes with them would get others,
+too. Forwards are read, not run.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Iterable
+from functools import cache
+from types import SimpleNamespace
+
+from torch import nn
+
+_WEIGHT = re.compile(r"self\.(\w+(?:\.\w+)*)\.(?:weight|bias)")
+# What may be asked of a weight: a layer that is split gives the same answer.
+_QUESTIONS = ("dtype", "device", "requires_grad", "is_meta", "is_floating_point")
+
+
+def read_by_parents(root: nn.Module) -> dict[nn.Module, str]:
+    """The modules whose weight the forward of a module above them computes with, and who does so."""
+    found: dict[nn.Module, str] = {}
+    for name, owner in root.named_modules():
+        if isinstance(owner, nn.MultiheadAttention):  # hands them to a fused kernel
+            found.update(dict.fromkeys(owner.children(), f"{type(owner).__name__} {name!r} itself"))
+        forward = _forward_of(type(owner))  # type: ignore[arg-type]
+        if forward is None:
+            continue
+        reads = _Reads(owner)
+        reads.visit(forward)
+        for path in reads.found:
+            try:
+                found[owner.get_submodule(path)] = f"the forward of {name or 'the root module'!r} itself"
+            except AttributeError:  # the weight of something that is no module
+                continue
+    return found
+
+
+@cache
+def _forward_of(cls: type[nn.Module]) -> ast.AST | None:
+    """The forward of a class, where it names a weight of another module."""
+    forward = cls.forward
+    if getattr(forward, "__module__", "").startswith("torch.nn"):  # see `plan.transformer` for those that do
+        return None
+    try:
+        source = textwrap.dedent(inspect.getsource(forward))
+        return ast.parse(source) if _WEIGHT.search(source) else None
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
+class _Reads(ast.NodeVisitor):
+    """Collects the paths of modules whose weight or bias a forward computes with."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.found: set[str] = set()
+        self._owner = owner
+
+    def visit_If(self, node: ast.If | ast.IfExp) -> None:
+        decided = _decided(node.test, self._owner)
+        self.visit(node.test)
+        if decided is not False:
+            self._visit_all(node.body)
+        if decided is not True:
+            self._visit_all(node.orelse)
+
+    visit_IfExp = visit_If
+
+    def visit_Call(self, node: ast.Call) -> None:
+        if not (isinstance(node.func, ast.Name) and node.func.id == "isinstance"):
+            self.generic_visit(node)
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        if not all(isinstance(op, ast.Is | ast.IsNot) for op in node.ops):
+            self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if node.attr in _QUESTIONS and _WEIGHT.fullmatch(ast.unparse(node.value)):
+            return
+        if read := _WEIGHT.fullmatch(ast.unparse(node)):
+            self.found.add(read[1])
+        else:
+            self.generic_visit(node)
+
+    def _visit_all(self, nodes: ast.AST | Iterable[ast.AST]) -> None:
+        for node in [nodes] if isinstance(nodes, ast.AST) else nodes:
+            self.visit(node)
+
+
+_LOGIC = (ast.BoolOp, ast.boolop, ast.UnaryOp, ast.unaryop, ast.Compare, ast.cmpop, ast.Constant, ast.expr_context)
+
+
+def _decided(test: ast.expr, owner: nn.Module) -> bool | None:
+    """What a condition on plain values of a module comes to; None if it asks for more than those, or for the mode."""
+    values = {k: v for k, v in vars(owner).items() if type(v) in (bool, int, float, str) and k != "training"}
+    for node in ast.walk(test):
+        mine = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.attr in values
+        if not (mine or isinstance(node, _LOGIC) or (isinstance(node, ast.Name) and node.id == "self")):
+            return None
+    return bool(eval(compile(ast.Expression(test), "<condition>", "eval"), {}, {"self": SimpleNamespace(**values)}))
