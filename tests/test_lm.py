@@ -73,8 +73,11 @@ def test_the_three_runs_differ_in_their_strategy_only():
     }
     assert overlays == {
         "dense": {"trainer": {"devices": 1, "strategy": "auto"}},
-        "phantom": {"trainer": {"devices": 2, "strategy": "phantom"}},
-        "tensor_parallel": {"trainer": {"devices": 2, "strategy": "tensor_parallel"}},
+        "phantom": {"trainer": {"devices": 2, "strategy": "phantom"}, "data": {"init_args": {"batch_size": 4}}},
+        "tensor_parallel": {
+            "trainer": {"devices": 2, "strategy": "tensor_parallel"},
+            "data": {"init_args": {"batch_size": 4}},
+        },
     }
 
 
