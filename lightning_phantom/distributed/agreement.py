@@ -15,8 +15,12 @@ from __future__ import annotations
 
 import json
 import zlib
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NoAnswer
 from datetime import timedelta
 from functools import cache
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -158,22 +162,26 @@ class Agreement:
         self._watch(work, what)
 
     def _watch(self, work: dist.Work, what: str) -> None:
-        told, seen = False, None
-        while True:
-            try:
-                work.wait(timedelta(seconds=1 if told else PATIENCE_S))
-                break
-            except RuntimeError as error:
-                if work.is_completed():  # for good: a rank has gone, or the group's own timeout is over
-                    raise RuntimeError(f"while waiting for the other ranks, in the {what}: {error}") from error
-            told = self._tell(f"{self._waits} {what}")
-            waiting = self._read()
-            if None not in waiting and len(set(waiting)) > 1 and waiting == seen:
-                each = "; ".join(f"rank {r} in the {str(w).partition(' ')[2]}" for r, w in enumerate(waiting))
-                raise LayoutError(f"the ranks wait for each other in different places: {each}. {_CURE}")
-            seen = waiting
-        if told:
-            self._tell(None)
+        board, seen = None, None
+        try:
+            while True:
+                try:
+                    work.wait(timedelta(seconds=1 if board else PATIENCE_S))
+                    break
+                except RuntimeError as error:
+                    if work.is_completed():  # for good: a rank has gone, or the group's own timeout is over
+                        raise RuntimeError(f"while waiting for the other ranks, in the {what}: {error}") from error
+                board = board or _Board(_store(self._group), self._rank, self._size)
+                waiting = board.write(f"{self._waits} {what}")
+                if None not in waiting and len(set(waiting)) > 1 and waiting == seen:
+                    each = "; ".join(f"rank {r} in the {str(w).partition(' ')[2]}" for r, w in enumerate(waiting))
+                    raise LayoutError(f"the ranks wait for each other in different places: {each}. {_CURE}")
+                seen = waiting
+            if board:
+                board.write(None)
+        finally:
+            if board:
+                board.leave()
 
     def _ask(self, what: str, rows: int = 0, shared: bool = False) -> tuple[int, ...]:
         """Compare `what` over the ranks, and return the rows of each."""
@@ -200,15 +208,42 @@ class Agreement:
             f"beside it in the plan."
         )
 
-    # Who waits for what stands in the store through which the group's ranks have found each other.
 
-    def _tell(self, what: str | None) -> bool:
-        _store(self._group).set(f"phantom_waits/{self._rank}", json.dumps(what))
-        return True
+class _Board:
+    """Where each rank of a group writes what it waits for: the store through which they have found each other.
 
-    def _read(self) -> list[str | None]:
-        store, keys = _store(self._group), [f"phantom_waits/{r}" for r in range(self._size)]
-        return [json.loads(store.get(key)) if store.check([key]) else None for key in keys]
+    One of the ranks is its host, and while that one is frozen the store gives no answer, whatever its timeout: so it is
+    asked from a thread of its own.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self._store, self._rank, self._size = store, rank, size
+        self._asked: SimpleQueue[tuple[str | None, Future[list[str | None]]] | None] = SimpleQueue()
+        Thread(target=self._ask, name="phantom-board", daemon=True).start()
+
+    def write(self, what: str | None) -> list[str | None]:
+        """Write what this rank waits for; give what each rank does, None where that is nothing or unknown."""
+        answer: Future[list[str | None]] = Future()
+        self._asked.put((what, answer))
+        try:
+            return answer.result(1)
+        except NoAnswer:
+            return [None]
+
+    def leave(self) -> None:
+        """Write no more."""
+        self._asked.put(None)
+
+    def _ask(self) -> None:
+        keys = [f"phantom_waits/{r}" for r in range(self._size)]
+        while (asked := self._asked.get()) is not None:
+            what, answer = asked
+            try:
+                self._store.set(keys[self._rank], json.dumps(what))
+                waiting = [json.loads(self._store.get(key)) if self._store.check([key]) else None for key in keys]
+                answer.set_result(waiting)
+            except Exception as error:  # the host has gone
+                answer.set_exception(error)
 
 
 _agreements: WeakKeyDictionary[Any, Agreement] = WeakKeyDictionary()

@@ -2,6 +2,7 @@
 
 import random
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -169,3 +170,28 @@ def dies():
 def test_a_rank_that_is_gone_is_noticed():
     with pytest.raises(AssertionError, match=r"a cursed sample|in the question before the entry of 'first\.0'"):
         run_ranks(2, dies, timeout_s=60)
+
+
+class FrozenStore:
+    """A store whose host is stopped: it takes questions and does not answer."""
+
+    def set(self, key, value):
+        time.sleep(1000)
+
+
+def frozen():
+    """One rank does not come, and is the store's host."""
+    module.PATIENCE_S = 1
+    module._store = lambda group: FrozenStore()
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=6))
+    agreement_of(group).timeout = timedelta(seconds=6)
+    net = phantomize_(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)), CONFIG, group)
+    net(torch.ones(2, 8)).sum().backward()
+    if dist.get_rank():
+        return time.sleep(15)
+    with pytest.raises(RuntimeError, match="while waiting for the other ranks, in the question before the entry"):
+        net(torch.ones(2, 8))
+
+
+def test_a_rank_that_is_frozen_with_the_store_is_given_up_after_the_timeout():
+    run_ranks(2, frozen, timeout_s=60)
