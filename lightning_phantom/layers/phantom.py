@@ -40,7 +40,7 @@ from lightning_phantom.distributed.exchange import gather_latents
 from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers.factors import Blocks, Factors, from_dense, random_bias, random_factors, to_dense
-from lightning_phantom.layers.split import SplitLinear, differentiate
+from lightning_phantom.layers.split import SplitLinear, differentiate, of_those_read
 
 FACTORS = ("weight", "compressor_weight", "decompressor_weight")
 
@@ -262,20 +262,22 @@ class _Mix(torch.autograd.Function):
                 z += bias
 
         ctx.among = ranks, rows, what, p
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *gs, *factors)
         return tuple(zs)
 
     @staticmethod
-    def backward(ctx: Any, *dzs: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return _Mix.differentiable_backward(ctx, *dzs)
+    def backward(ctx: Any, *grads_of_z: Tensor | None) -> tuple[Tensor | None, ...]:
         ranks, rows, what, p = ctx.among
         q, held = p // ranks.size, range(p)[ranks.slice_of(p)]
         x, *saved = ctx.saved_tensors
-        gs, factors = saved[: len(dzs)], saved[len(dzs) :]
+        gs, factors = saved[: len(grads_of_z)], saved[len(grads_of_z) :]
+        needs_x, _, _, _, _, *needs = ctx.needs_input_grad
+        dzs, needs = of_those_read(grads_of_z, needs, factors, x.shape[0])
+        if torch.is_grad_enabled():
+            return _Mix.differentiable_backward(ctx.among, (x, *factors), (needs_x, *needs), dzs)
         layers = [factors[n : n + 4] for n in range(0, len(factors), 4)]
         widths = [c.shape[0] for _, c, _, _ in layers]
-        needs_x, _, _, _, _, *needs = ctx.needs_input_grad
         needs_h = needs_x or any(needs[1::4])
         xs, ds = _features(x, q), [_features(dz, q) for dz in dzs]
 
@@ -309,16 +311,15 @@ class _Mix(torch.autograd.Function):
         return (dx, None, None, None, None, *grads)
 
     @staticmethod
-    def differentiable_backward(ctx: Any, *dzs: Tensor) -> tuple[Tensor | None, ...]:
+    def differentiable_backward(
+        among: Any, inputs: Sequence[Any], needed: Sequence[bool], dzs: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
         """The same as operations that have gradients themselves."""
-        x, *saved = ctx.saved_tensors
-        factors = saved[len(dzs) :]
 
         def mix(x: Tensor, *factors: Any) -> list[Tensor]:
-            return [_mix(x, *ctx.among, *factors[n : n + 4]) for n in range(0, len(factors), 4)]
+            return [_mix(x, *among, *factors[n : n + 4]) for n in range(0, len(factors), 4)]
 
-        needs_x, _, _, _, _, *needs = ctx.needs_input_grad
-        dx, *grads = differentiate(mix, (x, *factors), (needs_x, *needs), dzs)
+        dx, *grads = differentiate(mix, inputs, needed, dzs)
         return (dx, None, None, None, None, *grads)
 
 

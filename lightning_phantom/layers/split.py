@@ -302,3 +302,18 @@ def differentiate(
     wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
     found = iter(torch.autograd.grad(compute(*inputs), wanted, grads, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needed]
+
+
+def of_those_read(
+    dzs: Sequence[Tensor | None], needs: Sequence[bool], factors: Sequence[Any], rows: int
+) -> tuple[list[Tensor], list[bool]]:
+    """The gradients [rows, out] of layers' outputs, 0 for what nobody has read, and which factors need one: not those.
+
+    `factors` holds as many for each layer, its weight [out, ...] first.
+    """
+    each = len(factors) // len(dzs)
+    given = [
+        weight.new_zeros(rows, weight.shape[0]) if dz is None else dz
+        for dz, weight in zip(dzs, factors[::each], strict=True)
+    ]
+    return given, [need and dzs[n // each] is not None for n, need in enumerate(needs)]

@@ -32,7 +32,7 @@ from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers.dense import is_conv1d, oriented
 from lightning_phantom.layers.seeds import generator_of
-from lightning_phantom.layers.split import SplitLinear, differentiate
+from lightning_phantom.layers.split import SplitLinear, differentiate, of_those_read
 
 CUTS = ("column", "row")
 
@@ -181,14 +181,16 @@ class _Column(torch.autograd.Function):
                 for others in (slice(0, own.start), slice(own.stop, None)):
                     _multiply(xs[others], weight, bias, z[others])
         ctx.among = ranks, rows, what, inside
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, xs, *factors)
         return tuple(zs)
 
     @staticmethod
-    def backward(ctx: Any, *dzs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads_of_z: Tensor | None) -> tuple[Tensor | None, ...]:
         ranks, rows, what, inside = ctx.among
         x, xs, *factors = ctx.saved_tensors
         needs_x, _, _, _, _, *needs = ctx.needs_input_grad
+        dzs, needs = of_those_read(grads_of_z, needs, factors, rows.total)
         if torch.is_grad_enabled():
 
             def multiply(x: Tensor, *factors: Any) -> list[Tensor]:
@@ -229,14 +231,17 @@ class _Row(torch.autograd.Function):
         sums = [ranks.sum_tokens(linear(x, weight), rows, what) for weight, _ in layers]
         zs = [summed() if bias is None else summed() + bias for summed, (_, bias) in zip(sums, layers, strict=True)]
         ctx.among = ranks, rows, what
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *factors)
         return tuple(zs)
 
     @staticmethod
-    def backward(ctx: Any, *dzs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads_of_z: Tensor | None) -> tuple[Tensor | None, ...]:
         ranks, rows, what = ctx.among
         x, *factors = ctx.saved_tensors
         needs_x, _, _, _, *needs = ctx.needs_input_grad
+        own = _own(rows, ranks)
+        dzs, needs = of_those_read(grads_of_z, needs, factors, own.stop - own.start)
         if torch.is_grad_enabled():
 
             def multiply(x: Tensor, *factors: Any) -> list[Tensor]:
@@ -245,7 +250,7 @@ class _Row(torch.autograd.Function):
             of_x, *of_factors = differentiate(multiply, (x, *factors), (needs_x, *needs), dzs)
             return (of_x, None, None, None, *of_factors)
 
-        scale, own = 1 if rows.shared else 1 / ranks.size, _own(rows, ranks)
+        scale = 1 if rows.shared else 1 / ranks.size
         arriving = [ranks.gather_tokens(dz, rows, f"gradient: {what}", scale) for dz in dzs]
         grads: list[Tensor | None] = [None] * len(factors)
         dx = torch.empty_like(x) if needs_x else None

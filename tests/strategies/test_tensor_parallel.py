@@ -182,6 +182,11 @@ def siblings(group):
         # Megatron's pair: in, out; and each way back. Layerwise the second layer gathers, too, and all-to-alls end it.
         exchanges = {"all_gather": 2, "reduce_scatter": 2}
         assert sent.calls == exchanges | ({"all_to_all": 2} if style == "layerwise" else {})
+        # One that nobody reads is computed along, and has no gradient, as without siblings.
+        split.zero_grad()
+        split.gate(x)
+        (split.down(split.up(x)) * 1).sum().backward()
+        assert split.gate.weight.grad is None and split.up.weight.grad is not None
 
 
 def overlaps(group):
