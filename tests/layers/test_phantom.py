@@ -129,6 +129,7 @@ def _several_ranks():
         "dense load": _dense_load(group),
         "written into": _write_into_the_exit(group),
         "siblings": _siblings(group),
+        "changed between siblings": [_changed_between(group, what) for what in ("input", "activation", "weight")],
         "checkpointed": _checkpointed(group),
     }
 
@@ -240,6 +241,22 @@ def _siblings(group):
     return found
 
 
+def _changed_between(group, what):
+    """What gate reads, or up's weight, is written to before up is called: up sees it as it is then."""
+    mine, alone = both(Gated, group)
+    x, own, counts = _union(dist.get_rank())
+    found = []
+    with torch.no_grad():
+        for module, rows in ((mine, own), (alone, x)):
+            h = module.down(torch.tanh(module.gate(rows))) if what == "activation" else rows.clone()
+            gate = torch.tanh(module.gate(h))
+            (module.up.weight if what == "weight" else h).mul_(2)
+            found.append((gate * module.up(h)).flatten(0))
+    start = sum(counts[: dist.get_rank()]) * (found[1].numel() // len(x))
+    difference = found[0] - found[1][start : start + found[0].numel()]
+    return difference.abs().max().item() if len(own) else 0.0
+
+
 def _checkpointed(group):
     """Activation checkpointing of either kind computes the same gradients."""
     from torch.utils.checkpoint import checkpoint
@@ -343,6 +360,7 @@ def test_several_ranks(size):
         together, apart = result["siblings"]
         assert together[0] == {"all_to_all": 1, "all_gather": 2} and together[1] < 1e-10
         assert apart[0] == {"all_to_all": 2, "all_gather": 3} and apart[1] < 1e-10
+        assert max(result["changed between siblings"]) < 1e-10, result["changed between siblings"]
         assert result["order"] == [
             "product",  # C x
             "start all_gather",
