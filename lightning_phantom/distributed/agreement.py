@@ -162,26 +162,32 @@ class Agreement:
         self._watch(work, what)
 
     def _watch(self, work: dist.Work, what: str) -> None:
-        board, seen = None, None
+        board, seen, mine = None, None, f"{self._waits} {what}"
         try:
             while True:
                 try:
                     work.wait(timedelta(seconds=1 if board else PATIENCE_S))
                     break
                 except RuntimeError as error:
-                    if work.is_completed():  # for good: a rank has gone, or the group's own timeout is over
+                    gone = work.is_completed()  # for good: a rank has gone, or the group's own timeout is over
+                    board = board or _Board(_store(self._group), self._rank, self._size)
+                    waiting = board.write(mine)
+                    if waiting == seen or gone:
+                        self._raise_if_parted(waiting)
+                    if gone:
                         raise RuntimeError(f"while waiting for the other ranks, in the {what}: {error}") from error
-                board = board or _Board(_store(self._group), self._rank, self._size)
-                waiting = board.write(f"{self._waits} {what}")
-                if None not in waiting and len(set(waiting)) > 1 and waiting == seen:
-                    each = "; ".join(f"rank {r} in the {str(w).partition(' ')[2]}" for r, w in enumerate(waiting))
-                    raise LayoutError(f"the ranks wait for each other in different places: {each}. {_CURE}")
-                seen = waiting
+                    seen = waiting
             if board:
                 board.write(None)
         finally:
             if board:
                 board.leave()
+
+    def _raise_if_parted(self, waiting: list[str | None]) -> None:
+        """Raise where the ranks wait for different things, of whom one may have seen it first, raised and gone."""
+        if None not in waiting and len(set(waiting)) > 1:
+            each = "; ".join(f"rank {r} in the {str(w).partition(' ')[2]}" for r, w in enumerate(waiting))
+            raise LayoutError(f"the ranks wait for each other in different places: {each}. {_CURE}")
 
     def _ask(self, what: str, rows: int = 0, shared: bool = False) -> tuple[int, ...]:
         """Compare `what` over the ranks, and return the rows of each."""
@@ -227,7 +233,7 @@ class _Board:
         self._asked.put((what, answer))
         try:
             return answer.result(1)
-        except NoAnswer:
+        except (NoAnswer, RuntimeError):  # the host is frozen, or has gone
             return [None]
 
     def leave(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -139,7 +140,14 @@ class RunningStrategy(CheckpointingStrategy):
         finally:
             group.agreement.shared_batches = False
 
-    # What Lightning has the ranks do together comes among the layers' exchanges: a rank that is elsewhere is named.
+    # What else the ranks do together comes among the layers' exchanges: a rank that is elsewhere is named.
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Meet at the end of the backward, before DistributedDataParallel waits there: it would not say for what."""
+        super().pre_backward(closure_loss)
+        if closure_loss.requires_grad:
+            end = torch.autograd.Variable._execution_engine.queue_callback
+            closure_loss.register_hook(lambda grad: end(lambda: self._meet("end of the backward")))
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks."""

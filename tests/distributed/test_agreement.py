@@ -195,3 +195,27 @@ def frozen():
 
 def test_a_rank_that_is_frozen_with_the_store_is_given_up_after_the_timeout():
     run_ranks(2, frozen, timeout_s=60)
+
+
+class Broken:
+    """A collective that ends because another rank has gone."""
+
+    def wait(self, timeout):
+        raise RuntimeError("Connection closed by peer")
+
+    def is_completed(self):
+        return True
+
+
+def leaves_first():
+    group = dist.new_group([0, 1])
+    if dist.get_rank():
+        module._Board(module._store(group), 1, 2).write("7 exit of 'second.2'")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        with pytest.raises(LayoutError, match=r"rank 0 in the exit of 'first\.2'; rank 1 in the exit of 'second\.2'"):
+            agreement_of(group)._watch(Broken(), "exit of 'first.2'")
+
+
+def test_a_rank_that_has_raised_and_gone_does_not_take_the_reason_with_it():
+    run_ranks(2, leaves_first, timeout_s=60)
