@@ -103,11 +103,9 @@ class RunningStrategy(CheckpointingStrategy):
     # Steps
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's step, after checking that ranks which must agree do."""
+        """Run the module's step, and check that ranks which must agree do."""
         module = self.lightning_module
         assert module is not None
-        if self._check is not None:
-            self._check.step(module, self._sharded)
         if any(p.requires_grad for p in self._frozen):
             # A finetuning callback has unfrozen what was found frozen and would not be averaged.
             self.model = module
@@ -115,7 +113,11 @@ class RunningStrategy(CheckpointingStrategy):
                 self.configure_ddp()
         self._report_first_step()
         with nullcontext() if self._first_step is None else self._first_step.watching():
-            return super().training_step(*args, **kwargs)
+            output = super().training_step(*args, **kwargs)
+        if self._check is not None:
+            # After DistributedDataParallel has had its say of parameters without a gradient, which it did not average.
+            self._check.step(module, self._sharded)
+        return output
 
     def on_train_end(self) -> None:
         """Report on the first step where there was no second."""
