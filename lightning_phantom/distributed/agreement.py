@@ -4,7 +4,7 @@ A collective that not every rank of a group has entered, or that ranks have ente
 process or mixes up numbers. So none is started that was not agreed on:
 
 - At an entry, where activations go from tokens to features, the ranks always ask each other: which layer it is, and how
-  many rows each has (one tiny all-gather).
+  many rows each has (one tiny all-to-all).
 - What followed an entry is remembered, step by step. Where it was only ever followed by one thing, every rank may do
   that unasked: no other step can meet it. Where it is new, or was followed by this and by that, the ranks ask again.
 - A rank that departs from what the others do unasked waits in its question while they wait in their exchange. Whoever
@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from lightning_phantom.distributed.comm import gather_objects, start_all_gather
+from lightning_phantom.distributed.comm import gather_objects, start_telling
 from lightning_phantom.errors import LayoutError
 
 PATIENCE_S = 3  # of one wait, before the others are told what it is for
@@ -191,11 +191,11 @@ class Agreement:
 
     def _ask(self, what: str, rows: int = 0, shared: bool = False) -> tuple[int, ...]:
         """Compare `what` over the ranks, and return the rows of each."""
-        mine = torch.tensor([[_code(what), self._noted, shared, rows]])
+        mine = torch.tensor([_code(what), self._noted, shared, rows])
         everyone = torch.empty(self._size, 4, dtype=torch.int64)
         talk = self._talk
         self._waits += 1
-        self._watch(start_all_gather(everyone, mine, talk, counted=False), f"question before the {what}")
+        self._watch(start_telling(everyone, mine, talk), f"question before the {what}")
         said = everyone.tolist()
         if any(other[:3] != said[0][:3] for other in said):
             self._disagree(what, said, talk)

@@ -114,6 +114,11 @@ def start_all_reduce(x: Tensor, group: Group) -> dist.Work:
     return dist.all_reduce(x, group=group, async_op=True)
 
 
+def start_telling(heard: Tensor, said: Tensor, group: Group) -> dist.Work:
+    """Start telling every rank `said` [n], and hearing `heard` [R, n]; in one hop, where a gather goes round a ring."""
+    return dist.all_to_all_single(heard, said.expand_as(heard).contiguous(), group=group, async_op=True)
+
+
 # Weights, statistics and words
 
 
