@@ -4,6 +4,8 @@ lightning-phantom compare --config benchmarks/ffn.yaml --ranks 2 --num-blocks 2
 lightning-phantom compare --config benchmarks/ffn.yaml --model.width 2048 --trainer.strategy.phantom_width 32
 """
 
+from itertools import pairwise
+
 import lightning as L
 import torch
 from torch import Tensor, nn
@@ -17,12 +19,14 @@ class FeedForward(L.LightningModule):
         width: n, features of every layer.
         depth: layers.
         lr: learning rate of SGD.
+        hidden: features between the layers, where they are not n.
     """
 
-    def __init__(self, width: int = 4096, depth: int = 4, lr: float = 0.1) -> None:
+    def __init__(self, width: int = 4096, depth: int = 4, lr: float = 0.1, hidden: int | None = None) -> None:
         super().__init__()
         self.lr = lr
-        layers = [m for _ in range(depth) for m in (nn.Linear(width, width), nn.ReLU())]
+        sizes = [width, *[hidden or width] * (depth - 1), width]
+        layers = [m for sizes in pairwise(sizes) for m in (nn.Linear(*sizes), nn.ReLU())]
         self.net = nn.Sequential(*layers[:-1])
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:

@@ -49,11 +49,11 @@ class Recipe(LightningCLI):
     def instantiate_classes(self) -> None:
         """Make nothing yet."""
 
-    def make_module(self) -> L.LightningModule:
-        """A fresh module."""
+    def make_module(self, **changes: Any) -> L.LightningModule:
+        """A fresh module; `changes` take the place of arguments of its own."""
         if self.config.get("model") is None:
             raise PhantomError("the config names no model: give --config run.yaml with a `model:` in it.")
-        return self._make("model")
+        return self._make("model", **changes)
 
     def make_data(self) -> L.LightningDataModule | None:
         """Fresh data, or None where the module brings its own."""
@@ -87,5 +87,8 @@ class Recipe(LightningCLI):
             devices = len(devices)
         return int(devices) * nodes if str(devices).isdigit() else None
 
-    def _make(self, part: str) -> Any:
-        return self.parser.instantiate_classes(Namespace(**{part: self.config[part]}))[part]
+    def _make(self, part: str, **changes: Any) -> Any:
+        config = self.config[part].clone()
+        for name, value in changes.items():
+            config["init_args"][name] = value
+        return self.parser.instantiate_classes(Namespace(**{part: config}))[part]

@@ -11,15 +11,16 @@ from typing import Any
 
 from lightning_phantom.errors import PhantomError
 
-WIDTH = 150  # of tables, where the output is no terminal
+WIDTH = 190  # of tables, where the output is no terminal
 # Methods by their names in options and in JSON, and what tables call them.
 LABELS = {
-    "dense": "dense, DDP",
+    "ddp": "DDP",
+    "fsdp": "FSDP",
     "tensor_parallel": "TP, Megatron's pairs",
     "tensor_parallel_layerwise": "TP, layer by layer",
-    "torch": "TP, torch's own",
+    "tensor_parallel_torch": "TP, torch's own",
     "phantom": "phantom",
-    "control": "control, DDP",
+    "smaller": "smaller dense, DDP",
 }
 
 

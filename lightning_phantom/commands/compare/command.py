@@ -25,12 +25,21 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from lightning_phantom.commands.compare import options
-from lightning_phantom.commands.compare.methods import STYLES, SharedBatches, parallelise_with_torch, torch_plan
+from lightning_phantom.commands.compare.methods import (
+    STYLES,
+    FullySharded,
+    SharedBatches,
+    parallelise_with_torch,
+    shard_fully,
+    torch_plan,
+)
 from lightning_phantom.commands.compare.report import summarise
 from lightning_phantom.commands.compare.show import show_result, write_json, write_plot
+from lightning_phantom.commands.compare.smaller import smaller_argument
 from lightning_phantom.commands.compare.trial import Length, run_trial
 from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.commands.terminal import progress
+from lightning_phantom.config import PhantomConfig
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.strategies.phantom import PhantomStrategy
 from lightning_phantom.strategies.tensor_parallel import TensorParallelStrategy
@@ -131,13 +140,30 @@ class Comparison:
     def _able(self, recipes: dict[str, Recipe]) -> list[str]:
         """The methods that this model can be trained by; why not by the others is noted."""
         methods = list(self.request.methods)
-        if "torch" in methods:
-            try:
-                torch_plan(recipes["torch"].make_module(), self.job.size)
-            except PhantomError as error:
-                methods.remove("torch")
-                self.left_out["torch"] = str(error)
+        for method, prepare in (("tensor_parallel_torch", self._try_torch), ("smaller", self._make_smaller)):
+            if method in methods:
+                try:
+                    prepare(recipes)
+                except PhantomError as error:
+                    methods.remove(method)
+                    self.left_out[method] = str(error)
         return methods
+
+    def _try_torch(self, recipes: dict[str, Recipe]) -> None:
+        torch_plan(recipes["tensor_parallel_torch"].make_module(), self.job.size)
+
+    def _make_smaller(self, recipes: dict[str, Recipe]) -> None:
+        if self.request.smaller is None:
+            recipe = self.request.recipe("phantom")
+            given = self._phantom_arguments(recipe)
+            names = ("num_blocks", "phantom_width", "plan")
+            config = PhantomConfig(**{"num_blocks": self.job.size} | {n: given[n] for n in names if n in given})
+            argument = smaller_argument(self.request.recipe("smaller"), config)
+            recipes["smaller"] = self.request.recipe("smaller", argument)
+
+    def _phantom_arguments(self, recipe: Recipe) -> dict[str, Any]:
+        request = self.request
+        return recipe.phantom_arguments(num_blocks=request.num_blocks, phantom_width=request.phantom_width)
 
     def _one(self, method: str, round_number: int, recipe: Recipe) -> None:
         """One fit by one method; every rank learns what each has measured."""
@@ -145,10 +171,11 @@ class Comparison:
         self._meet(key, recipe)
         try:
             measured = run_trial(recipe, self._length(round_number), *self._settings(method, recipe))
-        except PhantomError as error:
-            if method != "torch":
+        except Exception as error:
+            if method not in options.OTHERS:
                 raise
-            self.left_out[method] = str(error)  # by its data, which are alike on all ranks
+            # By its model or data, which are alike on all ranks.
+            self.left_out[method] = str(error) if isinstance(error, PhantomError) else f"it failed: {error!r}"
             return
         finally:
             if dist.is_initialized():
@@ -176,15 +203,18 @@ class Comparison:
 
     def _settings(self, method: str, recipe: Recipe) -> tuple[dict[str, Any], Any]:
         """The Trainer's arguments for a method, and what to do with the module first."""
-        size, request = self.job.size, self.request
+        size = self.job.size
         ranks = {"devices": self.job.per_host, "num_nodes": size // self.job.per_host}
-        given = recipe.phantom_arguments(num_blocks=request.num_blocks, phantom_width=request.phantom_width)
+        given = self._phantom_arguments(recipe)
         shared = given.setdefault("phantom_parallel_size", size)  # by all ranks, unless the config says otherwise
         averaging = {name: given[name] for name in ("find_unused_parameters",) if name in given}
         prepare: Any = None
-        if method in options.DENSE:
+        if method in ("ddp", "smaller"):
             strategy: Any = DDPStrategy(**averaging)
-        elif method == "torch":
+        elif method == "fsdp":
+            strategy = FullySharded(data_parallel_size=size, tensor_parallel_size=1)
+            prepare = shard_fully
+        elif method == "tensor_parallel_torch":
             strategy = SharedBatches(data_parallel_size=1, tensor_parallel_size=size)
             prepare = parallelise_with_torch
         elif method == "phantom":

@@ -20,6 +20,45 @@ STYLES: dict[str, Literal["megatron", "layerwise"]] = {
 }
 
 
+class FullySharded(ModelParallelStrategy):
+    """Lightning's own FSDP, with the LightningModule as its root."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Enter the root by its forward, where the gathering of weights begins."""
+        assert self.model is not None and self.lightning_module is not None
+        with self.precision_plugin.train_step_context():
+            return self._forward_redirection(self.model, self.lightning_module, "training_step", *args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Likewise."""
+        assert self.model is not None and self.lightning_module is not None
+        with self.precision_plugin.val_step_context():
+            return self._forward_redirection(self.model, self.lightning_module, "validation_step", *args, **kwargs)
+
+
+def shard_fully(module: Any) -> None:
+    """Have `FullySharded` cut every element of the outermost lists of modules, and what is left with the root."""
+    own_hook = module.configure_model
+
+    def configure_model() -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        own_hook()
+        mesh = module.device_mesh["data_parallel"]
+        for block in _blocks(module):
+            fully_shard(block, mesh=mesh)
+        fully_shard(module, mesh=mesh)
+
+    module.configure_model = configure_model
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    """What repeats: elements of a ModuleList or a Sequential that have parameters, none within another."""
+    if isinstance(module, nn.ModuleList | nn.Sequential):
+        return [child for child in module if any(True for _ in child.parameters())]
+    return [block for child in module.children() for block in _blocks(child)]
+
+
 class SharedBatches(ModelParallelStrategy):
     """Torch's own tensor parallelism, whose ranks all read what ranks with batches of their own read together."""
 

@@ -11,23 +11,29 @@ from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.commands.terminal import command_parser, output_file, phantom_width
 from lightning_phantom.errors import PhantomError
 
-METHODS = ("dense", "tensor_parallel", "tensor_parallel_layerwise", "torch", "phantom", "control")
-TP = ("tensor_parallel", "tensor_parallel_layerwise", "torch")
-DENSE = ("dense", "control")  # under DDP
+METHODS = (
+    *("ddp", "fsdp", "tensor_parallel", "tensor_parallel_layerwise", "tensor_parallel_torch"),
+    *("phantom", "smaller"),
+)
+EXACT = METHODS[:5]  # they train the dense model
+OTHERS = ("fsdp", "tensor_parallel_torch", "smaller")  # not every model can be trained so
 LEAST_WARMUP = 2  # the strategies compare their ranks in a fit's first two batches, which no later step pays for
 
 DESCRIPTION = """\
 Train the module of a config, on its data, by several methods on the same ranks, and show what each took. The methods
 run in turn, round after round, so that what else the machine does falls on all of them.
 
-  dense                      the module as it is, under DDP
+  ddp                        the dense model on every rank, gradients averaged (DistributedDataParallel)
+  fsdp                       the same, every rank holding a share of the weights (fully_shard)
   tensor_parallel            in Megatron's pairs of column and row (TensorParallelStrategy)
   tensor_parallel_layerwise  the same with collectives at every layer
-  torch                      torch's own parallelize_module, in Megatron's pairs
+  tensor_parallel_torch      torch's own parallelize_module, in Megatron's pairs
   phantom                    PhantomStrategy, with the config's settings if it names it
-  control                    another config (--control) under DDP: say, a dense model as small as phantom
+  smaller                    a dense model of as many weights as the phantom one, under DDP: another config (--smaller),
+                             or the same with narrower feed-forward networks where the model has an argument for that
 
-Every rank reads its own batches, as under DDP; torch's ranks read them all."""
+Every rank reads its own batches, as under DDP; the ranks of torch's own tensor parallelism read them all. Ratios
+are over the fastest of those that train the dense model."""
 EPILOG = """\
 Anything else overrides the config for all methods, as for `fit`: --model.lr 0.01. The config's callbacks and loggers
 are left out. Across hosts, run the same command on each under torchrun instead of lightning-phantom:
@@ -44,7 +50,7 @@ class Request:
 
     Attributes:
         config: path of the config.
-        control: path of the config of the control.
+        smaller: path of the config of the smaller dense model; None: made from `config`.
         methods: what to compare, out of `METHODS`.
         ranks: R, where the command starts the ranks itself.
         rounds: fits of each method.
@@ -64,7 +70,7 @@ class Request:
     """
 
     config: str
-    control: str | None
+    smaller: str | None
     methods: tuple[str, ...]
     ranks: int
     rounds: int
@@ -82,11 +88,11 @@ class Request:
     json: Path | None
     plot: Path | None
 
-    def recipe(self, method: str) -> Recipe:
-        """The config as one method is to use it."""
-        config = self.control if method == "control" else self.config
-        assert config is not None
-        own = [f"--{argument}" for name, argument in self.overrides if name == method]
+    def recipe(self, method: str, *arguments: str) -> Recipe:
+        """The config as one method is to use it, with further arguments."""
+        config = self.smaller if method == "smaller" and self.smaller else self.config
+        own = [f"--{argument}" for argument in arguments]
+        own += [f"--{argument}" for name, argument in self.overrides if name == method]
         return Recipe(["--config", config, *self.arguments, *own], f"lightning-phantom compare, {method}")
 
     def tuned(self, method: str) -> bool:
@@ -105,16 +111,14 @@ def parse(args: Sequence[str]) -> Request:
     """
     given, rest = _parser().parse_known_args(args)
     methods = tuple(dict.fromkeys(name.strip() for name in given.methods.split(",")))
-    if given.control is not None and "control" not in methods:
-        methods = (*methods, "control")
+    if given.smaller is not None and "smaller" not in methods:
+        methods = (*methods, "smaller")
     for name in methods:
         if name not in METHODS:
             raise PhantomError(f"--methods {name!r}: choose from {', '.join(METHODS)}, separated by commas.")
-    if "control" in methods and given.control is None:
-        raise PhantomError("--methods control: give the control's own config with --control FILE.")
-    for path in filter(None, (given.config, given.control)):
+    for path in filter(None, (given.config, given.smaller)):
         if not Path(path).is_file():
-            raise PhantomError(f"{path} is no file; --config and --control take the YAML of a run.")
+            raise PhantomError(f"{path} is no file; --config and --smaller take the YAML of a run.")
     for name, least in (("ranks", 1), ("rounds", 1), ("steps", 1), ("warmup", LEAST_WARMUP), ("train_steps", 1)):
         value = getattr(given, name)
         if value is not None and value < least:
@@ -155,10 +159,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser("compare", DESCRIPTION, EPILOG)
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="the config of the run, as for `fit`")
-    add("--control", metavar="FILE", help="a further config, trained dense under DDP")
+    add("--smaller", metavar="FILE", help="the config of the smaller dense model (default: --config, narrower)")
     add(
         "--methods",
-        default=",".join(METHODS[:-1]),
+        default=",".join(METHODS),
         metavar="LIST",
         help="what to compare, separated by commas (default: %(default)s)",
     )

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lightning_phantom.commands.compare.options import DENSE, TP, Request
+from lightning_phantom.commands.compare.options import EXACT, Request
 
-UNCOUNTED = ("torch",)  # its collectives do not go through this package
-SHARED_BATCHES = ("torch",)  # its ranks read the same
+UNTIMED = ("ddp", "fsdp", "tensor_parallel_torch", "smaller")  # whoever waits in their collectives is not this package
+SHARED_BATCHES = ("tensor_parallel_torch",)  # its ranks read the same
+OF_A_RANK = ("weights", "weights_in_all", "flops", "sent_bytes", "gradient_bytes", "calls", "gradient_calls")
 NOISY = 0.25  # spread of a method's rounds, relative to their median, from which the times are called unsteady
 
 
@@ -28,21 +29,16 @@ def summarise(
     methods = {
         m: _method(request, m, [r for r in runs if r["method"] == m]) for m in dict.fromkeys(r["method"] for r in runs)
     }
-    for figures in (methods[m] for m in UNCOUNTED if m in methods):
-        figures.update(sent_bytes=None, gradient_bytes=None)
-    for figures in (methods[m] for m in (*UNCOUNTED, *DENSE) if m in methods):
-        figures.update(waited_s=None, calls=None)  # nor does the averaging of gradients
-    tp = {m: methods[m]["step_s"]["median"] for m in TP if m in methods}
-    fastest = min(tp, key=lambda m: tp[m], default=None)
-    least_bytes = min((b for m in tp if (b := methods[m]["sent_bytes"]) is not None), default=None)
+    for figures in (methods[m] for m in UNTIMED if m in methods):
+        figures.update(waited_s=None)
+    fastest = min((m for m in EXACT if m in methods), key=lambda m: methods[m]["step_s"]["median"], default=None)
     return {
         "request": {**asdict(request), "json": str(request.json), "plot": str(request.plot)},
         "environment": dict(environment),
         "methods": methods,
         "left_out": dict(left_out),
-        "fastest_tp": fastest,
-        "ratios": {} if fastest is None else {m: _ratios(methods[m], methods[fastest], least_bytes) for m in methods},
-        "steps_over_dense": {m: _steps(methods[m], methods["dense"]) for m in methods if "dense" in methods},
+        "fastest": fastest,
+        "ratios": {} if fastest is None else {m: _ratios(methods[m], methods[fastest]) for m in methods},
         "warnings": _warnings(request, environment, methods),
         "runs": list(runs),
     }
@@ -63,14 +59,22 @@ def _method(request: Request, name: str, runs: Sequence[Mapping[str, Any]]) -> d
         "samples_per_s": samples / step_s,
         "tokens_per_s": None if tokens is None else samples * tokens / step_s,
         "waited_s": statistics.median(max(rank["waited_s"] for rank in run["ranks"]) for run in runs),
-        "sent_bytes": max(rank["sent_bytes"] + rank["gradient_bytes"] for rank in ranks),
-        "gradient_bytes": max(rank["gradient_bytes"] for rank in ranks),
-        "calls": max(rank["calls"] for rank in ranks),
-        "weights": max(rank["weights"] for rank in ranks),
+        **{
+            name: max(rank[name] for rank in ranks)
+            for name in (
+                "sent_bytes",
+                "gradient_bytes",
+                "calls",
+                "gradient_calls",
+                "weights",
+                "weights_in_all",
+                "flops",
+            )
+        },
         "peak_bytes": min(peaks, default=None),
         "losses": losses,
         "val_loss": losses[-1][2] if losses else None,
-        "to_target": _to_target(request.target_loss, losses, runs[0]["ranks"][0]["energy"]),
+        "to_target": _to_target(request.target_loss, losses, runs[0]["ranks"]),
     }
 
 
@@ -83,35 +87,43 @@ def _mean_losses(ranks: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, f
 
 
 def _to_target(
-    target: float | None, losses: Sequence[tuple[int, float, float]], energy: Mapping[str, Any] | None
+    target: float | None, losses: Sequence[tuple[int, float, float]], ranks: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any] | None:
-    """Steps, seconds of training, and joules until the validation loss was first seen at the target."""
+    """What it took to first see the validation loss at the target: a rank's FLOPs and bytes, all ranks' joules."""
     if target is None:
         return None
     reached = next(((step, seconds) for step, seconds, loss in losses if loss <= target), None)
     if reached is None:
-        return {"steps": None, "seconds": None, "energy_j": None, "energy_flag": None}
-    energy = energy or {"steady_j_per_step": None, "flag": "failed"}
+        return dict.fromkeys(("steps", "seconds", "flops", "sent_bytes", "energy_j", "energy_flag"))
+    steps, seconds = reached
+    energy = ranks[0]["energy"] or {"steady_j_per_step": None, "flag": "failed"}
     a_step = energy["steady_j_per_step"]
-    joules = None if a_step is None else a_step * reached[0]
-    return {"steps": reached[0], "seconds": reached[1], "energy_j": joules, "energy_flag": energy["flag"]}
+    return {
+        "steps": steps,
+        "seconds": seconds,
+        "flops": steps * max(rank["flops"] for rank in ranks),
+        "sent_bytes": steps * max(rank["sent_bytes"] for rank in ranks),
+        "energy_j": None if a_step is None else a_step * steps,
+        "energy_flag": energy["flag"],
+    }
 
 
-def _ratios(method: Mapping[str, Any], fastest: Mapping[str, Any], least_bytes: float | None) -> dict[str, Any]:
-    """A method over the fastest tensor parallelism; bytes over the least that one sends."""
+def _ratios(method: Mapping[str, Any], fastest: Mapping[str, Any]) -> dict[str, Any]:
+    """A method over the fastest of those that train the dense model."""
     ratios: dict[str, Any] = {"step": _steps(method, fastest)}
-    ratios["sent_bytes"] = (
-        None if method["sent_bytes"] is None or not least_bytes else method["sent_bytes"] / least_bytes
-    )
-    for name in ("weights", "peak_bytes"):
-        ratios[name] = method[name] / fastest[name] if method[name] is not None and fastest[name] else None
+    for name in ("sent_bytes", "flops", "weights", "peak_bytes"):
+        ratios[name] = _ratio(method[name], fastest[name])
     mine, theirs = method["to_target"], fastest["to_target"]
     if mine and theirs:
-        for name in ("steps", "seconds"):
-            ratios[f"{name}_to_target"] = mine[name] / theirs[name] if mine[name] and theirs[name] else None
+        for name in ("steps", "seconds", "flops", "sent_bytes"):
+            ratios[f"{name}_to_target"] = _ratio(mine[name], theirs[name])
         measured = all(t["energy_flag"] in ("measured_counter", "sampled_power") for t in (mine, theirs))
-        ratios["energy_to_target"] = mine["energy_j"] / theirs["energy_j"] if measured and theirs["energy_j"] else None
+        ratios["energy_to_target"] = _ratio(mine["energy_j"], theirs["energy_j"]) if measured else None
     return ratios
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
 
 
 def _steps(method: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float]:
@@ -122,16 +134,16 @@ def _steps(method: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, flo
 
 def _warnings(request: Request, environment: Mapping[str, Any], methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
     warnings = []
-    untuned = [m for m in methods if m != "control" and not request.tuned(m)]
+    untuned = [m for m in methods if m != "smaller" and not request.tuned(m)]
     if "phantom" in methods and "phantom" in untuned and len(methods) > 1:
         warnings.append(
             "The learning rate was not tuned per method, and phantom's best need not be the dense one's. Compare "
             "losses only after trying, e.g. --set phantom.model.lr=..."
         )
-    if "phantom" in methods and "control" not in methods:
+    if "phantom" in methods and "smaller" not in methods:
         warnings.append(
             "A phantom model is a smaller function than the dense one. A dense model of as many weights is the fair "
-            "control for its loss: --control."
+            "control for its loss, and its row is missing here: --smaller."
         )
     if all(m["val_loss"] is None for m in methods.values()):
         warnings.append(f"No validation loss: the module logs no {request.monitor!r}; name it with --monitor.")

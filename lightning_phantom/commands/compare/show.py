@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_phantom.commands.compare.report import UNCOUNTED
 from lightning_phantom.commands.terminal import LABELS, show
 
 
@@ -37,7 +36,7 @@ def show_result(result: Mapping[str, Any]) -> None:
 
 
 def _rows(result: Mapping[str, Any]) -> list[tuple[str, Callable[[str], str | None]]]:
-    methods, ratios, fastest = result["methods"], result["ratios"], result["fastest_tp"]
+    methods, ratios, fastest = result["methods"], result["ratios"], result["fastest"]
 
     def of(name: str, form: str, scale: float = 1.0) -> Callable[[str], str | None]:
         return lambda method: None if (value := methods[method][name]) is None else form.format(value * scale)
@@ -47,20 +46,20 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, Callable[[str], str | No
 
     def step(method: str) -> str:
         s = methods[method]["step_s"]
-        return f"{1e3 * s['median']:.2f} ({1e3 * s['low']:.2f}-{1e3 * s['high']:.2f})"
+        median, low, high = (1e3 * s[name] for name in ("median", "low", "high"))
+        return f"{median:.2f} ({low:.2f}-{high:.2f})"
 
     def spread(s: Mapping[str, float] | None) -> str | None:
         return None if s is None else f"{s['median']:.3f} ({s['low']:.3f}-{s['high']:.3f})"
 
-    def sent(form: Callable[[str], str | None]) -> Callable[[str], str | None]:
-        return lambda method: "not counted" if method in UNCOUNTED else form(method)
-
-    def target(name: str, form: str) -> Callable[[str], str | None]:
+    def target(name: str, form: str, scale: float = 1.0) -> Callable[[str], str | None]:
         def cell(method: str) -> str | None:
             reached = methods[method]["to_target"]
             if reached is None:
                 return None
-            return "not reached" if reached["steps"] is None else _or_dash(reached[name], form)
+            if reached["steps"] is None:
+                return "not reached"
+            return "-" if reached[name] is None else form.format(reached[name] * scale)
 
         return cell
 
@@ -72,30 +71,32 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, Callable[[str], str | No
     to = f"{result['request']['target_loss']}"
     return [
         ("ms per step", step),
-        (f"  over {LABELS['dense']}", lambda method: spread(result["steps_over_dense"].get(method))),
         (over_fastest, lambda method: spread(ratios.get(method, {}).get("step"))),
         ("samples per s", of("samples_per_s", "{:,.0f}")),
         ("tokens per s", of("tokens_per_s", "{:,.0f}")),
-        ("ms waiting for collectives", sent(of("waited_s", "{:.2f}", 1e3))),
-        ("MB sent per rank and step", sent(of("sent_bytes", "{:.3f}", 1e-6))),
-        ("  of it gradients, by DDP", sent(of("gradient_bytes", "{:.3f}", 1e-6))),
-        ("  all over the least of TP", sent(over("sent_bytes"))),
-        ("collectives besides DDP's", sent(of("calls", "{:g}"))),
+        ("GFLOP per rank and step", of("flops", "{:.4g}", 1e-9)),
+        (over_fastest, over("flops")),
+        ("MB sent per rank and step", of("sent_bytes", "{:.3f}", 1e-6)),
+        ("  of it gradients, by DDP", of("gradient_bytes", "{:.3f}", 1e-6)),
+        (over_fastest, over("sent_bytes")),
+        ("collectives", of("calls", "{:g}")),
+        ("  of them DDP's", of("gradient_calls", "{:g}")),
+        ("ms waiting for them", of("waited_s", "{:.2f}", 1e3)),
         ("weights per rank", of("weights", "{:,.0f}")),
-        (over_fastest, over("weights")),
+        ("  in all", of("weights_in_all", "{:,.0f}")),
         ("peak memory per rank, MB", of("peak_bytes", "{:,.0f}", 1e-6)),
         ("validation loss at equal steps", of("val_loss", "{:.4f}")),
         (f"steps to {to}", target("steps", "{:,.0f}")),
         (f"seconds to {to}", target("seconds", "{:.2f}")),
         (over_fastest, over("seconds_to_target")),
+        (f"GFLOP per rank to {to}", target("flops", "{:.4g}", 1e-9)),
+        (over_fastest, over("flops_to_target")),
+        (f"MB sent per rank to {to}", target("sent_bytes", "{:.4g}", 1e-6)),
+        (over_fastest, over("sent_bytes_to_target")),
         (f"joules to {to}", target("energy_j", "{:.1f}")),
         ("  which are", flag),
         (over_fastest, over("energy_to_target")),
     ]
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
 
 
 def write_json(result: Mapping[str, Any], path: Path | None) -> None:
@@ -119,8 +120,7 @@ def write_plot(result: Mapping[str, Any], path: Path) -> None:
     ]
     times.bar(list(methods), medians, yerr=spread, capsize=3)
     times.set_ylabel("ms per step")
-    counted = [name for name in methods if name not in UNCOUNTED]
-    traffic.bar(counted, [methods[name]["sent_bytes"] / 1e6 for name in counted])
+    traffic.bar(list(methods), [method["sent_bytes"] / 1e6 for method in methods.values()])
     traffic.set_ylabel("MB sent per rank and step")
     for name, method in methods.items():
         if method["losses"]:

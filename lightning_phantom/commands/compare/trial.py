@@ -16,12 +16,18 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.data import extract_batch_size
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.distributed.comm import Traffic, record_traffic
+from lightning_phantom.distributed.shards import Split
 from lightning_phantom.energy import EnergyMonitor
 from lightning_phantom.layers.split import sharded_parameters
+from lightning_phantom.measure.counted import Counted
 from lightning_phantom.measure.memory import Memory
+from lightning_phantom.strategies.base import SplitStrategy
+
+COUNTED_STEP = 1  # the second, which belongs to every warm-up; by then DDP has settled its buckets
 
 
 @dataclass
@@ -30,12 +36,15 @@ class Measured:
 
     Attributes:
         weights: parameters this rank held.
+        weights_in_all: parameters of the model, each counted once.
+        flops: floating-point operations of products, per step.
         steps_s: seconds of each step after the warm-up, from the end of the one before to its own, validation left out.
         samples: samples in one step that this rank read.
-        sent_bytes: bytes this rank sent in collectives of this package, per step.
-        gradient_bytes: bytes it sent for gradients that DDP averages, per step, by the ring's count.
-        calls: such collectives, per step.
-        waited_s: seconds spent waiting for them, per step.
+        sent_bytes: bytes this rank sent, per step, by the ring's count.
+        gradient_bytes: bytes of them for gradients that DDP averages.
+        calls: collectives, per step.
+        gradient_calls: DDP's of them.
+        waited_s: seconds spent waiting for collectives of this package, per step.
         peak_bytes: the most memory held at once while training, beyond what the process held before the module was
             made: of the device, or resident memory where the device is the CPU; None where the system does not say.
         losses: `(step, seconds of training so far, validation loss)`.
@@ -43,11 +52,14 @@ class Measured:
     """
 
     weights: int = 0
+    weights_in_all: int = 0
+    flops: float = 0.0
     steps_s: list[float] = field(default_factory=list)
     samples: int = 0
     sent_bytes: float = 0.0
     gradient_bytes: float = 0.0
     calls: float = 0.0
+    gradient_calls: int = 0
     waited_s: float = 0.0
     peak_bytes: int | None = None
     losses: list[tuple[int, float, float]] = field(default_factory=list)
@@ -135,16 +147,19 @@ class Probe(L.Callback):
         self.length = length
         self.measured = Measured()
         self.memory: Memory | None = None
-        self._traffic = Traffic()
         self._recording: Any = None
+        self._counting: Counted | None = None
         self._begin = self._pause = self._train_s = 0.0
+        self._by_torch: list[Traffic] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
-        self.measured.weights = sum(_held(p) for p in pl_module.parameters())
+        shards = sharded_parameters(pl_module)
+        parameters = list(pl_module.parameters())
+        self.measured.weights = sum(_held(p) for p in parameters)
+        self.measured.weights_in_all = sum(p.numel() * _shares(p, shards) for p in parameters)
         if isinstance(trainer.strategy, DDPStrategy):
-            shards = sharded_parameters(pl_module)
-            averaged = [p for p in pl_module.parameters() if p.requires_grad and id(p) not in shards]
+            averaged = [p for p in parameters if p.requires_grad and id(p) not in shards]
             whole = sum(p.numel() * p.element_size() for p in averaged)
             self.measured.gradient_bytes = 2 * (trainer.world_size - 1) * whole / trainer.world_size
         if self.memory is not None:
@@ -154,7 +169,10 @@ class Probe(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Count the collectives of a batch after the warm-up."""
+        """Count the operations of the second step, which is not timed, and the collectives after the warm-up."""
+        if trainer.global_step == COUNTED_STEP:
+            self._counting = Counted(trainer.world_size)
+            self._counting.__enter__()
         if trainer.global_step >= self.length.warmup:
             self._recording = record_traffic()
             self._recorded = self._recording.__enter__()
@@ -163,6 +181,13 @@ class Probe(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the time of a step."""
+        if self._counting is not None:
+            self._counting.__exit__(None, None, None)
+            self.measured.flops += self._counting.flops
+            if not isinstance(trainer.strategy, SplitStrategy):
+                self._by_torch += [self._counting.traffic]
+            self._counting = None
+            self.measured.gradient_calls = _buckets(trainer.strategy.model)
         if self._recording is not None:
             self._recording.__exit__(None, None, None)
             self._recording = None
@@ -198,10 +223,29 @@ class Probe(L.Callback):
     def result(self) -> Measured:
         """What was measured, per step."""
         steps = max(len(self.measured.steps_s), 1)
-        self.measured.sent_bytes /= steps
-        self.measured.calls /= steps
-        self.measured.waited_s /= steps
+        measured = self.measured
+        measured.waited_s /= steps
+        if self._by_torch:
+            measured.sent_bytes = sum(traffic.total_bytes for traffic in self._by_torch)
+            measured.calls = sum(traffic.total_calls for traffic in self._by_torch)
+        else:
+            measured.sent_bytes = measured.sent_bytes / steps + measured.gradient_bytes
+            measured.calls = measured.calls / steps + measured.gradient_calls
         return self.measured
+
+
+def _shares(parameter: torch.Tensor, shards: dict[int, Split]) -> int:
+    """How many ranks hold a part of it each, of which this process knows its own alone."""
+    return shards[id(parameter)].ranks.size if id(parameter) in shards else 1
+
+
+def _buckets(model: Any) -> int:
+    """The calls in which DistributedDataParallel averages gradients; 0 where it does not."""
+    if not isinstance(model, DistributedDataParallel):
+        return 0
+    logged = model._get_ddp_logging_data()
+    sizes = logged.get("rebuilt_bucket_sizes") or logged["bucket_sizes"]
+    return len(sizes.split(","))
 
 
 def _held(parameter: torch.Tensor) -> int:
