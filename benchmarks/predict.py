@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 
 from lightning_phantom.config import resolve_phantom_width
 from lightning_phantom.cost.layer import Layer
-from lightning_phantom.cost.predict import METHODS, predict
+from lightning_phantom.cost.predict import predict
 from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.measure.machine import measure
 from lightning_phantom.measure.simulate import make_share, make_step
@@ -46,7 +46,7 @@ def rank_main(rank: int, size: int, store: str, rounds: int, queue: mp.SimpleQue
     for at, (_, *sizes, tokens) in enumerate(c for c in CONFIGURATIONS if c[0] == size):
         layers = layers_of(*sizes)
         predicted = predict(layers, sizes[2], sizes[3], size, tokens, machine)
-        for method in METHODS[1:] if size > 1 else METHODS[1::2]:
+        for method in ("tensor_parallel", "tensor_parallel_layerwise", "phantom")[:: 1 if size > 1 else 2]:
             made = make_share(method, layers, sizes[2], ranks, {"device": "meta", "dtype": torch.float32})
             steps[at, method] = make_step(made, layers, tokens // size), predicted[method].seconds
             seconds[at, method] = []

@@ -27,12 +27,11 @@ def cost_table(here: Scale, origin: dict[str, str]) -> Any:
         "calls",
         "predicted ms",
         "of it waiting",
-        "of DDP's",
-        "of the fastest TP's",
+        f"over {LABELS[here.fastest]}",
     )
     for heading in headings:
         table.add_column(heading, justify="right")
-    dense, fastest = here.times["dense"].seconds, here.times[here.fastest_tp].seconds
+    fastest = here.times[here.fastest].seconds
     for method in METHODS:
         cost, time = here.costs[method], here.times[method]
         table.add_row(
@@ -43,7 +42,6 @@ def cost_table(here: Scale, origin: dict[str, str]) -> Any:
             str(cost.calls),
             f"{1e3 * time.seconds:.2f}",
             f"{1e3 * time.waited_s:.2f}",
-            f"{time.seconds / dense:.3f}",
             f"{time.seconds / fastest:.3f}",
         )
     how = "measured on this machine" if "measured here" in origin.values() else "given"
@@ -90,32 +88,29 @@ def simulation_table(wide: Scale, measured: Mapping[str, Simulated]) -> Any:
 
 
 def sweep_table(same_ranks: Sequence[Scale], one_block: Sequence[Scale], here: Scale) -> Any:
-    """Phantom over the fastest TP, by the number of blocks."""
+    """Phantom over the fastest of the others, by the number of blocks."""
     from rich.table import Table
 
-    table = Table(title="Over the number of blocks p: phantom / the fastest TP", title_justify="left")
-    on_ranks = f"step on {here.num_ranks} ranks"
-    for heading in ("p", "k", "weights", "FLOPs", "bytes on p ranks", on_ranks, "/ DDP there", "step on p ranks"):
+    title = "Over the number of blocks p: phantom / the fastest of those that train the dense model"
+    table = Table(title=title, title_justify="left")
+    for heading in ("p", "k", "weights", "GFLOP", "MB sent", f"step on {here.num_ranks} ranks", "step on p ranks"):
         table.add_column(heading, justify="right")
     on_same = {row.num_blocks: row for row in same_ranks}
     for row in one_block:
         widths = row.phantom_widths
-        same = on_same.get(row.num_blocks)
         table.add_row(
             str(row.num_blocks),
             str(widths[0]) if len(widths) == 1 else f"{widths[0]}-{widths[-1]}",
-            _number(row.ratio("weights")),
-            _number(row.ratio("flops")),
-            _number(row.ratio("sent_bytes")),
-            "-" if same is None else _step(same),
-            "-" if same is None else f"{same.time_ratio('dense'):.3f}",
-            _step(row),
+            *(_number(row.ratio(what)) for what in ("weights", "flops", "sent_bytes")),
+            *("-" if each is None else _step(each) for each in (on_same.get(row.num_blocks), row)),
         )
+    table.caption = "Weights, GFLOP and MB sent per rank, on p ranks."
+    table.caption_justify = "left"
     return table
 
 
 def _step(row: Scale) -> str:
-    return f"{1e3 * row.times['phantom'].seconds:.2f} ms, {row.time_ratio(row.fastest_tp):.3f}"
+    return f"{1e3 * row.times['phantom'].seconds:.2f} ms, {row.ratio('step'):.3f} of {LABELS[row.fastest]}"
 
 
 def _number(value: float | None) -> str:
@@ -123,19 +118,21 @@ def _number(value: float | None) -> str:
 
 
 def verdict(same_ranks: Sequence[Scale], one_block: Sequence[Scale], num_ranks: int) -> str:
-    """The best number of blocks, and the one from which more do not pay."""
+    """Whether it pays at all, the best number of blocks, and the one from which more do not pay."""
     lines = []
     if same_ranks:
         row = best(same_ranks)
+        pays = (row.ratio("step") or 0) < 1
         lines.append(
-            f"On {num_ranks} ranks the shortest predicted step is at p={row.num_blocks}: {row.time_ratio('dense'):.3f} "
-            f"of DDP's, {row.time_ratio(row.fastest_tp):.3f} of the fastest TP's. A phantom layer is a smaller "
-            f"function at every p: compare losses too."
+            f"On {num_ranks} ranks the shortest predicted step is at p={row.num_blocks}: {row.ratio('step'):.3f} of "
+            f"{LABELS[row.fastest]}'s, the fastest of those that train the dense model."
+            + ("" if pays else f" Phantom does not pay here: take {LABELS[row.fastest]}.")
+            + " A phantom layer is a smaller function at every p: compare losses too."
         )
     end = stops_paying(one_block)
     if end is None and one_block:
         lines.append(f"Work and bytes stay below TP's up to p={one_block[-1].num_blocks}.")
     elif end is not None:
-        what = "work is" if (end.ratio("flops") or 0) >= 1 else "bytes are"
+        what = "work is" if end.tp_ratio("flops") >= 1 else "bytes are"
         lines.append(f"It stops paying at p={end.num_blocks}: there its {what} no less than TP's.")
     return "\n".join(lines)

@@ -68,10 +68,7 @@ def estimate_data_parallel(
         PhantomError: an empty list, an unknown dtype, numbers that cannot be.
     """
     dense = as_layers(layers, entry_needs_grad)
-    ddp = ddp_cost(dense, num_ranks, tokens, dtype)
-    shares = sum(-(-layer.out_features // num_ranks) * (layer.in_features + layer.bias) for layer in dense)
-    calls = 3 * len(dense) * (num_ranks > 1)
-    return DataParallelEstimate(ddp, replace(ddp, weights=shares, weight_bytes=ddp.weight_bytes * 3 // 2, calls=calls))
+    return DataParallelEstimate(ddp_cost(dense, num_ranks, tokens, dtype), fsdp_cost(dense, num_ranks, tokens, dtype))
 
 
 def ddp_cost(layers: Sequence[Layer], num_ranks: int, tokens: int, dtype: object, other_weights: int = 0) -> Cost:
@@ -86,4 +83,16 @@ def ddp_cost(layers: Sequence[Layer], num_ranks: int, tokens: int, dtype: object
         flops_backward=sum(n * (1 + layer.needs_input_grad) for n, layer in zip(products, layers, strict=True)),
         calls=-(-held_bytes // BUCKET_BYTES) * (num_ranks > 1),
         weight_bytes=2 * ((num_ranks - 1) * held_bytes // num_ranks),
+    )
+
+
+def fsdp_cost(layers: Sequence[Layer], num_ranks: int, tokens: int, dtype: object, other_weights: int = 0) -> Cost:
+    """The same under FSDP: every layer, and the `other_weights` together, gathered twice and their gradients summed."""
+    ddp = ddp_cost(layers, num_ranks, tokens, dtype, other_weights)
+    shares = sum(-(-layer.out_features // num_ranks) * (layer.in_features + layer.bias) for layer in layers)
+    return replace(
+        ddp,
+        weights=shares + -(-other_weights // num_ranks),
+        weight_bytes=ddp.weight_bytes * 3 // 2,
+        calls=3 * (len(layers) + (other_weights > 0)) * (num_ranks > 1),
     )

@@ -4,7 +4,8 @@ A product takes `flops / flops_per_s + bytes / memory_bytes_per_s` and a fixed t
 operands and its result once; a copy takes the same without FLOPs. A collective takes `sent_bytes / link_bytes_per_s +
 latency_s`, and only what exceeds the work beside it is waited for: beside a phantom layer's latents that is the
 products with its diagonal blocks, beside what an exact layer gathers its own share's, beside gradients that are
-averaged the whole backward. Nothing runs beside what enters, leaves, or is summed by a row-parallel layer.
+averaged the whole backward, beside weights that FSDP gathers the products of their own layer (it gathers the next
+layer's meanwhile). Nothing runs beside what enters, leaves, or is summed by a row-parallel layer.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from lightning_phantom.config import resolve_phantom_width
 from lightning_phantom.cost.count import (
     Collective,
+    Cost,
     Group,
     element_bytes_of,
     exact_collectives,
@@ -23,7 +25,8 @@ from lightning_phantom.cost.count import (
 from lightning_phantom.cost.data_parallel import NOTHING, Rest, ddp_cost
 from lightning_phantom.cost.layer import Layer, as_layers, is_row
 
-METHODS = ("dense", "tensor_parallel", "tensor_parallel_layerwise", "phantom")
+METHODS = ("ddp", "fsdp", "tensor_parallel", "tensor_parallel_layerwise", "phantom")
+OTHERS = METHODS[:-1]  # which train the dense model
 
 
 @dataclass(frozen=True)
@@ -130,25 +133,29 @@ def predict(
 ) -> dict[str, StepTime]:
     """Predict the step (forward and backward, no optimizer) of these layers, by method (`METHODS`).
 
-    The arguments are `estimate_cost`'s; `layers` come from `Plan.cost_layers`. Dense is DDP of the dense layers on as
-    many ranks. `rest` is computed under every method alike.
+    The arguments are `estimate_cost`'s; `layers` come from `Plan.cost_layers`. DDP and FSDP train the dense layers on
+    as many ranks. `rest` is computed under every method alike.
     """
     group = Group(num_ranks, tokens, element_bytes_of(dtype))
     alone = Group(1, -(-tokens // num_ranks), group.element_bytes)  # own tokens
     stages: dict[str, list[Stage]] = {method: [] for method in METHODS}
     averaged = {method: rest.cost(num_ranks, tokens, dtype) for method in METHODS}
-    averaged["dense"] = ddp_cost((*layers, *rest.layers), num_ranks, tokens, dtype, rest.weights)
+    averaged["ddp"] = ddp_cost((*layers, *rest.layers), num_ranks, tokens, dtype, rest.weights)
+    averaged["fsdp"] = Cost()  # layer by layer
     for layer in as_layers(layers):
         width = phantom_width if layer.phantom_width is None else layer.phantom_width
         k = resolve_phantom_width(width, layer.in_features, layer.out_features, num_blocks)
-        stages["dense"] += exact_stages(layer, False, alone)
+        stages["ddp"] += exact_stages(layer, False, alone)
+        stages["fsdp"] += fsdp_stages(layer, alone, num_ranks)
         stages["tensor_parallel"] += exact_stages(layer, is_row(layer), group)
         stages["tensor_parallel_layerwise"] += exact_stages(layer, False, group)
         stages["phantom"] += phantom_stages(layer, num_blocks, k, group)
     for method, own in stages.items():
-        own += [stage for layer in rest.layers for stage in exact_stages(layer, False, alone)]
+        for layer in rest.layers:
+            own += fsdp_stages(layer, alone, num_ranks) if method == "fsdp" else exact_stages(layer, False, alone)
         backward = sum((stage.work for stage in own if stage.backward), Work())
         own.append(Stage(Work(), backward, averaged[method].weight_bytes, averaged[method].calls, True))
+    stages["fsdp"].append(_weights_alone(rest.weights, num_ranks, group.element_bytes))
     return {method: step_time(stages[method], machine, group.element_bytes) for method in METHODS}
 
 
@@ -190,6 +197,22 @@ def exact_stages(layer: Layer, row: bool, group: Group) -> list[Stage]:
         around = copy(tokens * width // ranks) if exchanged else Work()
         stages.append(_stage(sent, around, behind.get((sent.of, sent.backward, row), Work())))
     return stages
+
+
+def fsdp_stages(layer: Layer, alone: Group, num_ranks: int) -> list[Stage]:
+    """Forward and backward of a dense layer on own tokens, whose weights are gathered for each."""
+    forward, backward = exact_stages(layer, False, alone)
+    if num_ranks == 1:
+        return [forward, backward]
+    sent = (num_ranks - 1) * layer.dense_weights * alone.element_bytes // num_ranks
+    gathered = Stage(hidden_behind=forward.work, sent_bytes=sent, calls=1)
+    return [forward, backward, gathered, Stage(Work(), backward.work, 2 * sent, 2, True)]
+
+
+def _weights_alone(weights: int, num_ranks: int, element_bytes: int) -> Stage:
+    """What FSDP sends of weights that are of no linear layer."""
+    calls = 3 * (weights > 0) * (num_ranks > 1)
+    return Stage(sent_bytes=3 * ((num_ranks - 1) * weights * element_bytes // num_ranks), calls=calls)
 
 
 def phantom_stages(layer: Layer, num_blocks: int, k: int, group: Group) -> list[Stage]:

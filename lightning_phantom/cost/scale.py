@@ -8,12 +8,13 @@ from typing import Any
 
 from lightning_phantom.config import resolve_phantom_width
 from lightning_phantom.cost.count import Cost, estimate_cost
-from lightning_phantom.cost.data_parallel import NOTHING, Rest, ddp_cost
+from lightning_phantom.cost.data_parallel import NOTHING, Rest, ddp_cost, fsdp_cost
 from lightning_phantom.cost.layer import Layer
-from lightning_phantom.cost.predict import METHODS, Machine, StepTime, predict
+from lightning_phantom.cost.predict import METHODS, OTHERS, Machine, StepTime, predict
 from lightning_phantom.errors import PhantomError
 
 MOST_BLOCKS = 4096
+TENSOR_PARALLEL = ("tensor_parallel", "tensor_parallel_layerwise")
 
 
 @dataclass(frozen=True)
@@ -39,23 +40,22 @@ class Scale:
     times: dict[str, StepTime]
 
     @property
-    def fastest_tp(self) -> str:
-        """The style of tensor parallelism with the shorter predicted step."""
-        return min(METHODS[1:3], key=lambda method: self.times[method].seconds)
+    def fastest(self) -> str:
+        """Of the methods that train the dense model, the one with the shortest predicted step."""
+        return min(OTHERS, key=lambda method: self.times[method].seconds)
 
-    def ratio(self, what: str) -> float | None:
-        """Phantom over the cheaper tensor parallelism: `"weights"`, `"flops"`, `"sent_bytes"`; None of nothing."""
-        least = min(getattr(self.costs[method], what) for method in METHODS[1:3])
-        return getattr(self.costs["phantom"], what) / least if least else None
+    def ratio(self, what: str, method: str | None = None) -> float | None:
+        """Phantom's "weights", "flops", "sent_bytes" or "step" over a method's, or the fastest's; None of nothing."""
+        mine, theirs = (self._figure(what, each) for each in ("phantom", method or self.fastest))
+        return mine / theirs if theirs else None
 
-    def dense_ratio(self, what: str) -> float | None:
-        """The same over DDP of the dense model."""
-        dense = getattr(self.costs["dense"], what)
-        return getattr(self.costs["phantom"], what) / dense if dense else None
+    def _figure(self, what: str, method: str) -> float:
+        return self.times[method].seconds if what == "step" else getattr(self.costs[method], what)
 
-    def time_ratio(self, method: str) -> float:
-        """Predicted step of phantom over that of another method."""
-        return self.times["phantom"].seconds / self.times[method].seconds
+    def tp_ratio(self, what: str) -> float:
+        """Phantom's counted "flops" or "sent_bytes" over those of the cheaper tensor parallelism; 0 of nothing."""
+        least = min(self._figure(what, method) for method in TENSOR_PARALLEL)
+        return self._figure(what, "phantom") / least if least else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -68,10 +68,8 @@ class Scale:
                 | {**asdict(self.times[m]), "step_s": self.times[m].seconds}
                 for m in METHODS
             },
-            "phantom_over_tp": {what: self.ratio(what) for what in ("weights", "flops", "sent_bytes")}
-            | {"step": self.time_ratio(self.fastest_tp)},
-            "phantom_over_dense": {what: self.dense_ratio(what) for what in ("weights", "flops", "sent_bytes")}
-            | {"step": self.time_ratio("dense")},
+            "fastest": self.fastest,
+            "phantom_over_fastest": {what: self.ratio(what) for what in ("weights", "flops", "sent_bytes", "step")},
         }
 
 
@@ -105,8 +103,9 @@ class Setting:
         arguments = (num_blocks, self.phantom_width, num_ranks, self.tokens)
         estimate = estimate_cost(layers, *arguments, self.dtype)
         rest = self.rest.cost(num_ranks, self.tokens, self.dtype)
-        costs = {method: getattr(estimate, method) + rest for method in METHODS[1:]}
-        costs["dense"] = ddp_cost((*layers, *self.rest.layers), num_ranks, self.tokens, self.dtype, self.rest.weights)
+        whole = ((*layers, *self.rest.layers), num_ranks, self.tokens, self.dtype, self.rest.weights)
+        costs = {"ddp": ddp_cost(*whole), "fsdp": fsdp_cost(*whole)}
+        costs |= {method: getattr(estimate, method) + rest for method in METHODS if method not in costs}
         widths = tuple(sorted({layer.phantom_width or 0 for layer in layers}))
         times = predict(layers, *arguments, self.machine, self.dtype, self.rest)
         return Scale(num_blocks, widths, num_ranks, self.tokens, self.dtype, costs, times)
@@ -143,4 +142,4 @@ def best(rows: Sequence[Scale]) -> Scale:
 
 def stops_paying(rows: Sequence[Scale]) -> Scale | None:
     """The first row at which phantom has as much work, or sends as many bytes, as tensor parallelism."""
-    return next((row for row in rows if max(row.ratio("flops") or 0, row.ratio("sent_bytes") or 0) >= 1), None)
+    return next((row for row in rows if max(row.tp_ratio("flops"), row.tp_ratio("sent_bytes")) >= 1), None)

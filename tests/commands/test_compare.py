@@ -10,15 +10,19 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from benchmarks.ffn import RandomVectors
+from benchmarks.ffn import FeedForward, RandomVectors
 from lightning_phantom.commands.cli import main
+from lightning_phantom.commands.compare.command import Comparison, Job
 from lightning_phantom.commands.compare.methods import SharedBatches, torch_plan
-from lightning_phantom.commands.compare.options import parse
+from lightning_phantom.commands.compare.options import EXACT, METHODS, parse
 from lightning_phantom.commands.compare.report import summarise
+from lightning_phantom.commands.compare.smaller import smaller_argument
 from lightning_phantom.commands.compare.trial import Memory
+from lightning_phantom.config import PhantomConfig
 from lightning_phantom.cost.count import estimate_cost
 from lightning_phantom.cost.data_parallel import estimate_data_parallel
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.plan.finder import plan_phantom
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -58,7 +62,7 @@ def test_compare_on_two_ranks(outcome):
     """Every method in the same two processes: the exact ones agree, and traffic is what the cost model counts."""
     out, result, picture = outcome
     methods = result["methods"]
-    assert list(methods) == ["dense", "tensor_parallel", "tensor_parallel_layerwise", "torch", "phantom"]
+    assert list(methods) == list(METHODS)
     assert [(r["method"], r["round"]) for r in result["runs"]] == [(m, n) for n in (0, 1) for m in methods]  # in turn
     for method, figures in methods.items():
         assert [loss[0] for loss in figures["losses"]] == [2, 4, 6]
@@ -66,10 +70,10 @@ def test_compare_on_two_ranks(outcome):
         assert figures["tokens_per_s"] == pytest.approx(7 * figures["samples_per_s"])
         assert figures["samples_per_s"] * figures["step_s"]["median"] == pytest.approx(2 * 16)  # the same for all
         assert f"{figures['val_loss']:.4f}" in out, method
-    for method in ("tensor_parallel", "tensor_parallel_layerwise", "torch"):
-        for mine, dense in zip(methods[method]["losses"], methods["dense"]["losses"], strict=True):
+    for method in EXACT:
+        for mine, dense in zip(methods[method]["losses"], methods["ddp"]["losses"], strict=True):
             assert mine[2] == pytest.approx(dense[2], rel=2e-6)  # another order of batches: 1.5e-5
-    assert methods["phantom"]["losses"] != methods["dense"]["losses"]
+    assert methods["phantom"]["losses"] != methods["ddp"]["losses"] != methods["smaller"]["losses"]
     # The data need no gradient: the cost model's, without the entry's.
     expected = estimate_cost([(32, 32)] * 4, 2, 4, 2, 2 * 16, entry_needs_grad=False)
     for method, cost, averaged in (
@@ -78,16 +82,27 @@ def test_compare_on_two_ranks(outcome):
         ("phantom", expected.phantom, 0),
     ):
         sent = cost.sent_bytes + averaged
-        assert (methods[method]["sent_bytes"], methods[method]["calls"]) == (sent, cost.calls), method
+        calls = cost.calls + (averaged > 0)
+        assert (methods[method]["sent_bytes"], methods[method]["calls"]) == (sent, calls), method
         assert methods[method]["gradient_bytes"] == averaged
         assert methods[method]["weights"] == cost.weights
+        assert methods[method]["flops"] == cost.flops
         assert methods[method]["waited_s"] > 0
-    assert methods["torch"]["weights"] == expected.tensor_parallel.weights
-    ddp = estimate_data_parallel([(32, 32)] * 4, 2, 2 * 16).ddp
-    assert (methods["dense"]["weights"], methods["dense"]["sent_bytes"]) == (ddp.weights, ddp.sent_bytes)
-    assert methods["dense"]["waited_s"] is None
-    assert result["steps_over_dense"]["dense"]["median"] == 1
-    assert result["ratios"][result["fastest_tp"]]["step"]["median"] == 1
+    assert methods["tensor_parallel_torch"]["weights"] == expected.tensor_parallel.weights
+    both = estimate_data_parallel([(32, 32)] * 4, 2, 2 * 16, entry_needs_grad=False)
+    for method, cost in (("ddp", both.ddp), ("fsdp", both.fsdp)):
+        for name in ("weights", "sent_bytes", "calls", "flops"):
+            assert methods[method][name] == getattr(cost, name), (method, name)
+        assert methods[method]["waited_s"] is None
+    # Torch's ranks read whole batches and sum what leaves a pair: nothing at the entry, and no gradient of it.
+    assert methods["tensor_parallel_torch"]["sent_bytes"] == 3 * (2 * 16 * 32 * 4)
+    assert methods["tensor_parallel_torch"]["flops"] == expected.tensor_parallel.flops
+    for method in EXACT:
+        assert methods[method]["weights_in_all"] == 4 * (32 * 32 + 32)
+    whole = estimate_cost([(32, 32)] * 4, 2, 4, 1, 32).phantom.weights
+    assert methods["phantom"]["weights_in_all"] == whole
+    assert abs(methods["smaller"]["weights"] - whole) < 0.1 * whole
+    assert result["fastest"] in EXACT and result["ratios"][result["fastest"]]["step"]["median"] == 1
     assert result["environment"]["ranks"] == 2
     assert not any("learning rate" in warning for warning in result["warnings"])  # phantom was given its own
     assert picture.startswith(b"\x89PNG")
@@ -100,11 +115,11 @@ def alone(monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-def test_compare_under_an_outside_launcher_with_target_and_control(config, tmp_path, monkeypatch, capsys):
+def test_compare_under_an_outside_launcher_with_target_and_smaller(config, tmp_path, monkeypatch, capsys):
     alone(monkeypatch)
     monkeypatch.chdir(ROOT)
     (tmp_path / "small.yaml").write_text(CONFIG.replace("depth: 4", "depth: 1"))
-    arguments = ["--methods", "tensor_parallel,phantom", "--control", str(tmp_path / "small.yaml"), "--num-blocks", "4"]
+    arguments = ["--methods", "tensor_parallel,phantom", "--smaller", str(tmp_path / "small.yaml"), "--num-blocks", "4"]
     lengths = ["--rounds", "1", "--steps", "2", "--warmup", "2", "--train-steps", "4", "--validate-every", "1"]
     main(
         [
@@ -120,18 +135,92 @@ def test_compare_under_an_outside_launcher_with_target_and_control(config, tmp_p
         ]
     )
     result = json.loads((tmp_path / "c.json").read_text())
-    assert list(result["methods"]) == ["tensor_parallel", "phantom", "control"]
-    assert result["methods"]["control"]["weights"] == 32 * 32 + 32
+    assert list(result["methods"]) == ["tensor_parallel", "phantom", "smaller"]
+    assert result["methods"]["smaller"]["weights"] == 32 * 32 + 32
     for method in result["methods"].values():
         assert method["to_target"]["steps"] == 1 and method["to_target"]["seconds"] > 0
         assert method["to_target"]["energy_flag"] is not None
+        for name in ("flops", "sent_bytes"):
+            assert method["to_target"][name] == method[name]  # of one step
     out = capsys.readouterr().out
     if {m["to_target"]["energy_flag"] for m in result["methods"].values()} == {"modelled"}:
         assert result["ratios"]["phantom"]["energy_to_target"] is None
         assert "Joules here are modelled, so no ratio of energies is given" in out
     assert "The learning rate was not tuned per method" in out
-    assert "--control" not in out
+    assert "--smaller" not in out
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(("named", "expected"), [("", 4), (", phantom_parallel_size: 2", 2)])
+def test_all_ranks_of_all_hosts_hold_the_layers_unless_the_config_says_otherwise(tmp_path, named, expected):
+    (tmp_path / "run.yaml").write_text(CONFIG.replace("phantom_width: 4", f"phantom_width: 4{named}"))
+    request = parse(["--config", str(tmp_path / "run.yaml"), "--num-blocks", "4"])
+    comparison = Comparison(request, Job(0, 4, 2, None))
+    for method in ("phantom", "tensor_parallel"):
+        settings, _ = comparison._settings(method, request.recipe(method))
+        assert (settings["devices"], settings["num_nodes"], settings["strategy"]._size) == (2, 2, expected)
+
+
+LM = """
+model:
+  class_path: examples.lm.LanguageModel
+  init_args: {dim: 32, depth: 2, heads: 2, context: 16}
+"""
+
+
+def test_a_smaller_model_is_made_of_the_config_where_its_width_has_a_name(tmp_path):
+    def argument(config, blocks=4, width=0.25):
+        (tmp_path / "run.yaml").write_text(config)
+        request = parse(["--config", str(tmp_path / "run.yaml")])
+        found = smaller_argument(request.recipe("smaller"), PhantomConfig(blocks, width))
+        module = request.recipe("smaller").make_module()
+        plan = plan_phantom(module, PhantomConfig(blocks, width))
+        phantom = sum(p.numel() for p in module.parameters())
+        phantom -= sum(layer.weights_before - layer.weights_after for layer in plan.swapped)
+        smaller = sum(p.numel() for p in request.recipe("smaller", found).make_module().parameters())
+        return found, smaller / phantom
+
+    name, ratio = argument(LM)
+    assert name.startswith("model.width=") and 0.9 <= ratio <= 1.1
+    name, ratio = argument(CONFIG)
+    assert name.startswith("model.hidden=") and 0.9 <= ratio <= 1.1
+    nameless = CONFIG.replace("benchmarks.ffn.FeedForward", "test_compare.Nameless").replace(
+        "{width: 32, depth: 4}", "{}"
+    )
+    with pytest.raises(PhantomError, match=r"no argument that names the width.*--smaller FILE"):
+        argument(nameless)
+    with pytest.raises(PhantomError, match=r"(?s)does not take some of the values of 'width'.*--smaller FILE"):
+        argument(nameless.replace("Nameless", "Fixed"))
+
+
+class Nameless(FeedForward):
+    def __init__(self):
+        super().__init__(32, 4)
+
+
+class Fixed(FeedForward):
+    def __init__(self, width: int = 32):
+        if width != 32:
+            raise ValueError("32, or nothing")
+        super().__init__(width, 4)
+
+
+def test_a_method_that_fails_is_left_out_with_its_reason(tmp_path, monkeypatch, capsys):
+    alone(monkeypatch)
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "run.yaml").write_text(CONFIG.replace("benchmarks.ffn.FeedForward", "test_compare.Wide"))
+    files = ["--config", str(tmp_path / "run.yaml"), "--json", str(tmp_path / "c.json"), "--num-blocks", "2"]
+    main(["compare", *files, "--methods", "smaller,phantom", "--rounds", "2", "--steps", "1", "--warmup", "2"])
+    assert list(json.loads((tmp_path / "c.json").read_text())["methods"]) == ["phantom"]
+    out = capsys.readouterr().out
+    assert "Left out: smaller: it failed: RuntimeError('mat1 and mat2" in out and "its row is missing here" in out
+
+
+class Wide(FeedForward):
+    """Its input is as wide as its layers, and the data are not."""
+
+    def __init__(self, width: int = 32, depth: int = 4):
+        super().__init__(width, depth)
 
 
 def test_memory_is_the_peak_of_what_came_after():
@@ -149,7 +238,7 @@ def test_memory_is_the_peak_of_what_came_after():
 
 def measured(step_s=1.0, **changes):
     figures = {"weights": 10, "steps_s": [step_s] * 3, "samples": 4, "sent_bytes": 8.0, "calls": 2.0, "waited_s": 0.1}
-    figures["gradient_bytes"] = 2.0
+    figures |= {"gradient_bytes": 2.0, "gradient_calls": 1, "weights_in_all": 20, "flops": 5.0}
     return {**figures, "peak_bytes": 100, "losses": [(1, 1.0, 0.9), (2, 2.0, 0.5)], "energy": None, **changes}
 
 
@@ -167,32 +256,35 @@ def runs_of(**rounds):
     ]
 
 
-def test_ratios_are_over_the_fastest_tensor_parallelism_round_by_round(config):
+def test_ratios_are_over_the_fastest_that_trains_the_dense_model_round_by_round(config):
     result = summary(
         config,
         runs_of(tensor_parallel=[2.0, 4.0, 2.0], tensor_parallel_layerwise=[3.0, 3.0, 3.0], phantom=[1.0, 3.0, 1.5]),
     )
-    assert result["fastest_tp"] == "tensor_parallel"
+    assert result["fastest"] == "tensor_parallel"
     assert result["ratios"]["phantom"]["step"] == {"median": 0.75, "low": 0.5, "high": 0.75}
     assert result["methods"]["tensor_parallel_layerwise"]["step_s"]["median"] == 3.0  # the slowest rank's
-    with_torch = summary(config, runs_of(tensor_parallel=[2.0], torch=[1.0], phantom=[0.5]))
-    assert with_torch["fastest_tp"] == "torch" and with_torch["methods"]["torch"]["sent_bytes"] is None
+    with_torch = summary(
+        config, runs_of(tensor_parallel=[2.0], tensor_parallel_torch=[1.0], phantom=[0.5], smaller=[0.1])
+    )
+    assert with_torch["fastest"] == "tensor_parallel_torch"
     assert with_torch["ratios"]["phantom"]["step"]["median"] == 0.5
-    assert with_torch["ratios"]["phantom"]["sent_bytes"] == 1.0  # over Megatron's pairs', the only ones counted
+    assert with_torch["ratios"]["phantom"]["sent_bytes"] == 1.0
     assert result["methods"]["phantom"]["samples_per_s"] == pytest.approx(2 * 4 / 1.5)  # each rank reads its own
-    assert with_torch["methods"]["torch"]["samples_per_s"] == pytest.approx(4)
-    assert result["methods"]["phantom"]["sent_bytes"] == 10 and result["methods"]["phantom"]["gradient_bytes"] == 2
+    assert with_torch["methods"]["tensor_parallel_torch"]["samples_per_s"] == pytest.approx(4)
+    assert result["methods"]["phantom"]["sent_bytes"] == 8 and result["methods"]["phantom"]["gradient_bytes"] == 2
+    assert summary(config, runs_of(ddp=[1.0], fsdp=[0.9], tensor_parallel=[2.0], phantom=[1.0]))["fastest"] == "fsdp"
     assert any("tensor_parallel, phantom differ" in warning for warning in result["warnings"])
 
 
 def test_unfair_comparisons_are_called_so(config):
     plain = summary(config, runs_of(tensor_parallel=[1.0], phantom=[1.0]))["warnings"]
     assert any("learning rate was not tuned" in warning for warning in plain)
-    assert any("fair control" in warning for warning in plain)
+    assert any("fair control" in warning and "row is missing" in warning for warning in plain)
     assert not any("cores" in warning or "not quiet" in warning for warning in plain)
     tuned = summary(config, runs_of(tensor_parallel=[1.0], phantom=[1.0]), "--set", "phantom.model.lr=0.1")["warnings"]
     assert not any("learning rate" in warning for warning in tuned)
-    crowded = summary(config, runs_of(dense=[1.0]), ranks=4)["warnings"]
+    crowded = summary(config, runs_of(ddp=[1.0]), ranks=4)["warnings"]
     assert any("more busy threads than cores" in warning for warning in crowded)
     silent = [{"method": "tensor_parallel", "round": 0, "ranks": [measured(losses=[])]}]
     assert any("--monitor" in warning for warning in summary(config, silent)["warnings"])
@@ -219,14 +311,13 @@ def test_a_target_that_is_not_reached(config):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "dense,fsdp"], "--methods 'fsdp': choose from dense"),
-        (["--methods", "control"], "--control FILE"),
-        (["--control", "missing.yaml"], "missing.yaml is no file"),
+        (["--methods", "ddp,zero"], "--methods 'zero': choose from ddp"),
+        (["--smaller", "missing.yaml"], "missing.yaml is no file"),
         (["--rounds", "0"], "--rounds 0: needs at least 1"),
         (["--warmup", "1"], "--warmup 1: needs at least 2"),
         (["--train-steps", "4"], "more steps than --warmup 5"),
         (["--set", "phantom.model.lr"], "METHOD.KEY=VALUE"),
-        (["--set", "control.model.lr=1"], "a method of this comparison"),
+        (["--methods", "ddp", "--set", "phantom.model.lr=1"], "a method of this comparison"),
         (["--json", "missing/c.json"], "--json missing/c.json: there is no such folder"),
         (["--plot", "c.docx"], "ends in .png, .svg or .pdf"),
     ],
@@ -271,10 +362,15 @@ def test_torch_is_left_out_where_its_batches_cannot_be_made(tmp_path, monkeypatc
     monkeypatch.chdir(ROOT)
     (tmp_path / "run.yaml").write_text(CONFIG.replace("benchmarks.ffn.RandomVectors", "test_compare.Streamed"))
     files = ["--config", str(tmp_path / "run.yaml"), "--json", str(tmp_path / "c.json")]
-    main(["compare", *files, "--methods", "torch,dense", "--rounds", "2", "--steps", "1", "--warmup", "2"])
+    main(
+        ["compare", *files, "--methods", "tensor_parallel_torch,ddp", "--rounds", "2", "--steps", "1", "--warmup", "2"]
+    )
     result = json.loads((tmp_path / "c.json").read_text())
-    assert list(result["methods"]) == ["dense"] and len(result["runs"]) == 2
-    assert "Left out: torch: its ranks read the same batches, and of a DataLoader none" in capsys.readouterr().out
+    assert list(result["methods"]) == ["ddp"] and len(result["runs"]) == 2
+    assert (
+        "Left out: tensor_parallel_torch: its ranks read the same batches, and of a DataLoader none"
+        in capsys.readouterr().out
+    )
 
 
 def test_torchs_styles():

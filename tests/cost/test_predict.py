@@ -9,7 +9,9 @@ from background import program
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_phantom.commands.cli import main
+from lightning_phantom.commands.compare import options as compare
 from lightning_phantom.commands.recipe import Recipe
+from lightning_phantom.commands.terminal import LABELS
 from lightning_phantom.cost.count import ELEMENT_BYTES, Group, estimate_cost
 from lightning_phantom.cost.data_parallel import Rest, estimate_data_parallel
 from lightning_phantom.cost.layer import Layer, as_layers, is_row
@@ -82,7 +84,8 @@ def test_what_is_hidden_and_what_is_waited_for(method):
     assert slow.communication_s == fast.communication_s == pytest.approx(fast.waited_s)
     exchange, gathered = 96 * 64 * 4 // 4 / 1e9, 96 * 64 * 4 // 2 / 1e9
     expected = {
-        "dense": 0.0,  # gradients, behind the backward
+        "ddp": 0.0,  # gradients, behind the backward
+        "fsdp": 0.0,  # every layer behind its own products
         "tensor_parallel": gathered,  # the sum of the row-parallel layer
         "tensor_parallel_layerwise": 2 * exchange,  # the exit there and back
         "phantom": 4 * exchange,
@@ -95,9 +98,10 @@ def test_predicted_times_follow_the_counts():
     times = predict(CHAIN, 4, 2, 2, 96, compute_only)
     estimate = estimate_cost(CHAIN, 4, 2, 2, 96)
     assert set(times) == set(METHODS)
-    for method in METHODS[1:]:
+    for method in ("tensor_parallel", "tensor_parallel_layerwise", "phantom"):
         assert times[method].seconds == pytest.approx(getattr(estimate, method).flops / 1e9)
-    assert times["dense"].seconds == pytest.approx(times["tensor_parallel"].seconds)  # half of the tokens each
+    for method in ("ddp", "fsdp"):
+        assert times[method].seconds == pytest.approx(times["tensor_parallel"].seconds)  # half of the tokens each
     rest = Rest((Layer(64, 80),), 1000)
     rest_flops = estimate_data_parallel(rest.layers, 2, 96).ddp.flops
     for method, time in predict(CHAIN, 4, 2, 2, 96, compute_only, rest=rest).items():
@@ -121,13 +125,16 @@ def test_the_sweep_ends_where_phantom_stops_paying():
     assert [row.num_blocks for row in rows] == [2, 4, 8, 16, 32, 64, 128, 256]
     for row in rows:  # 1/p + pk/n, less the missing D_ii
         p = row.num_blocks
-        assert row.ratio("weights") == pytest.approx(1 / p + p * 4 / 1024, rel=0.01)
+        assert row.ratio("weights", "tensor_parallel_layerwise") == pytest.approx(1 / p + p * 4 / 1024, rel=0.01)
     end = stops_paying(rows)
-    assert end is rows[-1] and end.ratio("flops") >= 1 > rows[-2].ratio("flops")
-    assert (rows[0].dense_ratio("weights"), rows[0].dense_ratio("flops")) == (
-        pytest.approx(rows[0].ratio("weights") / 2, rel=0.01),
-        pytest.approx(rows[0].ratio("flops")),
+    assert end is rows[-1] and end.tp_ratio("flops") >= 1 > rows[-2].tp_ratio("flops")
+    first = rows[0]
+    assert first.ratio("weights", "ddp") == pytest.approx(
+        first.ratio("weights", "tensor_parallel_layerwise") / 2, rel=0.01
     )
+    assert first.ratio("flops", "ddp") == first.ratio("flops", "fsdp") == first.tp_ratio("flops")
+    for row in rows:
+        assert row.ratio("step") == max(row.ratio("step", method) for method in METHODS[:-1])
     on_four = setting.sweep(4)
     assert [row.num_blocks for row in on_four] == [4, 8, 16, 32, 64, 128, 256]
     assert best(on_four).num_blocks == 16
@@ -137,13 +144,18 @@ def test_the_rest_of_a_model_costs_every_method_alike():
     layers, rest = (Layer(64, 64, enters=True), Layer(64, 64, leaves=True)), Rest((Layer(64, 96, False),), 500)
     alone, whole = (Setting(layers, 4, 128, "float32", MACHINE, r).scale(4, 4) for r in (Rest(), rest))
     for method in METHODS:
-        more, less = whole.costs[method], alone.costs[method]
-        assert more.weights - less.weights == 64 * 96 + 500
+        more, less, ways = whole.costs[method], alone.costs[method], 3 if method == "fsdp" else 2
+        assert more.weights - less.weights == (64 * 96 + 500) // (4 if method == "fsdp" else 1)
         assert more.flops_forward - less.flops_forward == 2 * 32 * 64 * 96
-        assert more.weight_bytes - less.weight_bytes == 2 * 3 * 4 * (64 * 96 + 500) // 4
+        assert more.weight_bytes - less.weight_bytes == ways * 3 * 4 * (64 * 96 + 500) // 4
+        sent, calls = (
+            (whole.times[method].communication_s - alone.times[method].communication_s),
+            more.calls - less.calls,
+        )
+        assert sent == pytest.approx((more.weight_bytes - less.weight_bytes) / 1e9 + calls * 1e-4)
         assert more.layer_bytes == less.layer_bytes
     assert whole.ratio("flops") > alone.ratio("flops")
-    assert whole.costs["dense"].weights == 2 * (64 * 64 + 64) + 64 * 96 + 500
+    assert whole.costs["ddp"].weights == 2 * (64 * 64 + 64) + 64 * 96 + 500
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -210,8 +222,12 @@ def test_plan_command(tmp_path, capsys):
     expected = estimate_cost([(64, 64)] * 3, 4, 0.25, 2, 256)
     assert methods["phantom"]["sent_bytes"] == expected.phantom.sent_bytes
     assert methods["tensor_parallel"]["flops"] == expected.tensor_parallel.flops
-    assert methods["dense"]["weights"] == 3 * (64 * 64 + 64)
-    assert methods["dense"]["sent_bytes"] == 3 * (64 * 64 + 64) * 4 and methods["dense"]["flops"] == 3 * 6 * 128 * 64**2
+    weights = 3 * (64 * 64 + 64)
+    assert methods["ddp"]["weights"] == weights == 2 * methods["fsdp"]["weights"]
+    assert methods["ddp"]["sent_bytes"] == weights * 4 and methods["ddp"]["flops"] == 3 * 6 * 128 * 64**2
+    assert methods["fsdp"]["sent_bytes"] == weights * 6
+    assert list(methods) == [m for m in compare.METHODS if m in methods]  # in the words and the order of `compare`
+    assert result["here"]["fastest"] in methods and f"of {LABELS[result['here']['fastest']]}'s" in out
     assert result["machine_origin"] == dict.fromkeys(("flops_per_s", "latency_s", "link_bytes_per_s"), "given")
     assert f"{methods['phantom']['weights']:,}" in out
 
@@ -287,7 +303,7 @@ def test_a_config_that_fit_has_saved_is_read(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--help"], "plan: "), (["plan", "--help"], "--simulate-ranks"), (["compare", "--help"], "--control")],
+    [(["--help"], "plan: "), (["plan", "--help"], "--simulate-ranks"), (["compare", "--help"], "--smaller")],
 )
 def test_plan_and_compare_are_in_the_help(capsys, arguments, words):
     with pytest.raises(SystemExit) as stop:

@@ -206,7 +206,8 @@ class Comparison:
         size = self.job.size
         ranks = {"devices": self.job.per_host, "num_nodes": size // self.job.per_host}
         given = self._phantom_arguments(recipe)
-        shared = given.setdefault("phantom_parallel_size", size)  # by all ranks, unless the config says otherwise
+        shared = given.get("phantom_parallel_size", "auto")
+        shared = given["phantom_parallel_size"] = size if shared == "auto" else shared  # by all ranks, of all hosts
         averaging = {name: given[name] for name in ("find_unused_parameters",) if name in given}
         prepare: Any = None
         if method in ("ddp", "smaller"):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from torch import nn
 
 from lightning_phantom.commands.recipe import Recipe
@@ -28,7 +29,7 @@ def smaller_argument(recipe: Recipe, config: PhantomConfig) -> str:
     Raises:
         PhantomError: there is none; why.
     """
-    given: dict[str, Any] = vars(recipe.config.model.get("init_args") or object())
+    given: dict[str, Any] = vars(recipe.config.model.get("init_args") or Namespace())
     name = next((n for n in WIDTHS if n in given and (given[n] is None or isinstance(given[n], int))), None)
     if name is None:
         raise PhantomError(
