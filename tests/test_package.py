@@ -49,7 +49,7 @@ import sys, lightning, lightning.pytorch.cli, torch, torchmetrics
 theirs = set(sys.modules)
 import lightning_phantom
 ours = {name.split(".")[0] for name in set(sys.modules) - theirs}
-assert not ours & {"codecarbon", "matplotlib", "pynvml", "sklearn", "pandas", "rich"}, ours
+assert not ours & {"codecarbon", "matplotlib", "pynvml", "amdsmi", "sklearn", "pandas", "rich"}, ours
 assert "codecarbon" not in sys.modules
 assert not torch.cuda.is_initialized()
 import importlib; importlib.reload(lightning_phantom)

@@ -1,4 +1,4 @@
-"""What a fit costs in joules: `monitor` (the callback), `meter`, `fit`, `report`, `show`. Imports `errors` alone."""
+"""What a fit costs in joules: `monitor` (callback), `fit`, `cards`, `meter`, `report`, `show`; on `errors` alone."""
 
 from lightning_phantom.energy.monitor import EnergyMonitor
 

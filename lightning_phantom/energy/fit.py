@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.data import extract_batch_size
 
-from lightning_phantom.energy.meter import Meter, describe_device, host_id, tracker_options
+from lightning_phantom.energy.cards import Card, describe_device, find_cards
+from lightning_phantom.energy.meter import Meter, host_id, tracker_options
 from lightning_phantom.energy.report import Device, Ledger, RankRecord
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Fit:
         self._meter: Meter | None = None
         self._device = Device(self._root_device.type, is_accelerator=self._root_device.type != "cpu")
         self._host_devices: list[Device] = []
+        self._cards: list[Card] = []
         self._overhead_s = 0.0
         self.is_owner = False
         self.ledger: Ledger | None = None
@@ -104,8 +106,9 @@ class Fit:
         if not self.is_owner or self.problems:
             return
         with self.guard():
-            indices = {device.nvml_index for device in self._host_devices if device.nvml_index is not None}
-            self._meter = Meter(tracker_options(**options, gpu_indices=sorted(indices)), tracker_factory)
+            self._cards = find_cards(self._host_devices)
+            indices = sorted(index for card in self._cards for index in card.indices)
+            self._meter = Meter(tracker_options(**options, gpu_indices=indices), tracker_factory, self._cards)
             self.ledger = Ledger(self._meter.last)
 
     def enter(self, phase: str, synchronize: bool = True) -> None:
@@ -153,11 +156,12 @@ class Fit:
             device=self._device,
             is_owner=self.is_owner,
             spent=None if self.ledger is None else dict(self.ledger.spent),
-            flags={} if meter is None else meter.flags(self._host_devices),
+            flags={} if meter is None else meter.flags(),
             hardware=() if meter is None else meter.hardware,
             samples=self.samples,
             steps=0 if self.steady_step is None else trainer.global_step - self.steady_step,
             grid_g_per_kwh=None if meter is None else meter.grid_g_per_kwh,
+            shares_card=any(card.is_shared for card in self._cards),
             overhead_s=self._overhead_s,
             problems=tuple(self.problems),
         )

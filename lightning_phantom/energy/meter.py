@@ -1,6 +1,6 @@
 """The meter under `EnergyMonitor`: one codecarbon tracker, read as cumulative snapshots.
 
-codecarbon and pynvml are imported inside functions: importing this module loads neither and touches no device.
+codecarbon is imported inside functions: importing this module does not load it and touches no device.
 codecarbon swallows its own exceptions, so what counts as working here is a reading that has arrived.
 """
 
@@ -9,12 +9,12 @@ import math
 import socket
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lightning_phantom.energy.report import COMPONENTS, JOULES_PER_KWH, Device, Energy
+from lightning_phantom.energy.cards import Card
+from lightning_phantom.energy.report import COMPONENTS, JOULES_PER_KWH, Energy, worst_flag
 
 
 class Meter:
@@ -25,6 +25,7 @@ class Meter:
         tracker_factory: Called like codecarbon's `OfflineEmissionsTracker`, with `output_handlers` among the keyword
             arguments; returns an object with `start()`, `flush()` and `stop()`. On `flush()` it hands a reading with
             the fields of codecarbon's `EmissionsData` to `output_handlers[0].out(total, delta)`.
+        cards: What `options["gpu_ids"]` counts, card by card.
 
     Attributes:
         last: The newest reading.
@@ -34,7 +35,12 @@ class Meter:
         RuntimeError: No reading arrived after the start.
     """
 
-    def __init__(self, options: dict[str, Any], tracker_factory: Callable[..., Any] | None = None):
+    def __init__(
+        self,
+        options: dict[str, Any],
+        tracker_factory: Callable[..., Any] | None = None,
+        cards: Sequence[Card] = (),
+    ):
         from codecarbon import OfflineEmissionsTracker
         from codecarbon.output_methods.base_output import BaseOutput
 
@@ -42,6 +48,8 @@ class Meter:
         logging.getLogger("codecarbon").setLevel(logging.ERROR)
         self.grid_g_per_kwh: float | None = None
         self._options = options
+        self._cards = cards
+        self._first_kwh: dict[int, float] = {}
         self._arrived: list[Any] = []
         self.last = Energy()
         sink = type("Sink", (BaseOutput,), {"out": lambda _, total, delta: self._arrived.append(total)})()
@@ -53,6 +61,8 @@ class Meter:
         except Exception:
             self.stop()
             raise
+        with suppress(Exception):  # unknown internals: `flags` does without
+            self._first_kwh = {die.gpu_index: _counter_kwh(die) for die in self._dies()}
 
     def read(self) -> Energy:
         """What has been spent since the start.
@@ -91,25 +101,21 @@ class Meter:
         except Exception:
             return ()
 
-    def flags(self, devices: Sequence[Device]) -> dict[str, str]:
+    def flags(self) -> dict[str, str]:
         """How each component's joules are obtained: one of `energy_report.FLAGS`.
 
         codecarbon does not publish this, so it is read off the tracker's parts; what is not recognised is "modelled".
-
-        Args:
-            devices: The devices of the ranks on this host.
         """
         flags = dict.fromkeys(COMPONENTS, "modelled")
         try:
-            flags.update(self._flags_of_parts(devices))
+            flags.update(self._flags_of_parts())
         except Exception:
             logging.getLogger(__name__).debug("unknown codecarbon internals; flags stay 'modelled'", exc_info=True)
-        accelerators = [device for device in devices if device.is_accelerator]
-        if not accelerators or any(device.nvml_index is None for device in accelerators):
+        if not self._cards:
             flags["gpu"] = "unavailable"
         return flags
 
-    def _flags_of_parts(self, devices: Sequence[Device]) -> dict[str, str]:
+    def _flags_of_parts(self) -> dict[str, str]:
         found = {"gpu": "unavailable"}
         for part in self._tracker._hardware:
             kind = type(part).__name__
@@ -125,12 +131,31 @@ class Meter:
             elif kind in ("AppleSiliconChip", "Raspberry"):
                 found[part.chip_part.lower()] = "sampled_power"
             elif kind == "GPU":
-                wanted = {device.nvml_index for device in devices}
-                cards = [card for card in part.devices.devices if card.gpu_index in wanted]
-                if cards and len(cards) == len(wanted):
-                    sampled = any(card._use_power_fallback for card in cards)
-                    found["gpu"] = "sampled_power" if sampled else "measured_counter"
+                found["gpu"] = worst_flag(self._flag_of_card(card) for card in self._cards)
         return found
+
+    def _dies(self) -> list[Any]:
+        """All devices of the host that codecarbon knows."""
+        parts = getattr(self._tracker, "_hardware", ())
+        return [die for part in parts if type(part).__name__ == "GPU" for die in part.devices.devices]
+
+    def _flag_of_card(self, card: Card) -> str:
+        """One die speaks for a card, by a counter that has moved or by its power; if none or two do, it has no figure.
+
+        A die that counts for nobody reads 0, as does a broken counter, and codecarbon takes either for a measured 0.
+        """
+        dies = [die for die in self._dies() if die.gpu_index in card.indices]
+        sampled = [die for die in dies if die._use_power_fallback and die.power.kW > 0]
+        counted = [
+            die for die in dies if not die._use_power_fallback and _counter_kwh(die) > self._first_kwh[die.gpu_index]
+        ]
+        if len(counted) + len(sampled) != 1:
+            return "unavailable"
+        return "measured_counter" if counted else "sampled_power"
+
+
+def _counter_kwh(die: Any) -> float:
+    return 0.0 if die.last_energy is None else float(die.last_energy.kWh)
 
 
 def tracker_options(
@@ -148,7 +173,7 @@ def tracker_options(
         country_iso_code: Three letters, or None.
         cpu_power_w: Power of all CPUs at full load, in watts.
         ram_power_w: Constant power of the memory, in watts.
-        gpu_indices: NVML indices of the GPUs to count.
+        gpu_indices: codecarbon's numbers of the GPUs to count.
     """
     return {
         "project_name": "lightning_phantom",
@@ -207,36 +232,3 @@ def host_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return socket.gethostname()
-
-
-def describe_device(device: torch.device) -> Device:
-    """Name a rank's device and find it in NVML, which numbers cards without regard to CUDA_VISIBLE_DEVICES."""
-    if device.type != "cuda":
-        return Device(device.type, is_accelerator=device.type != "cpu")
-    properties = torch.cuda.get_device_properties(device)
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        try:
-            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
-            index = int(pynvml.nvmlDeviceGetIndex(handle))
-            return Device(properties.name, True, index, _is_mig(pynvml, handle), _power_limit_w(pynvml, handle))
-        finally:
-            pynvml.nvmlShutdown()
-    except Exception:
-        return Device(properties.name, is_accelerator=True)
-
-
-def _is_mig(pynvml: Any, handle: Any) -> bool:
-    try:
-        return bool(pynvml.nvmlDeviceGetMigMode(handle)[0])
-    except Exception:
-        return False
-
-
-def _power_limit_w(pynvml: Any, handle: Any) -> float | None:
-    try:
-        return float(pynvml.nvmlDeviceGetEnforcedPowerLimit(handle)) / 1000
-    except Exception:
-        return None

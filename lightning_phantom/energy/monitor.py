@@ -34,8 +34,9 @@ class EnergyMonitor(Callback):
 
     Each figure carries the worst flag of its parts: `measured_counter` (an energy counter), `sampled_power`,
     `user_constant`, `modelled` (a guess from a load or a size: CPU and RAM on most virtual machines), `unavailable`
-    or `failed`. A missing figure is None, never 0. Only GPUs that NVML knows are counted as "gpu"; a job on another
-    accelerator gets no total. Network, power supply and cooling are not measured (PUE is 1).
+    or `failed`. A missing figure is None, never 0. Only GPUs that NVML or amdsmi knows are counted as "gpu", each card
+    once and whole; a job on another accelerator gets no total. Network, power supply and cooling are not measured (PUE
+    is 1).
 
     A meter that fails does not stop training: the cause is logged once and the figures become None. Nothing is
     measured by `validate`, `test` and `predict`. The report is made in the training processes, so a launcher that

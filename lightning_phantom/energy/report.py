@@ -64,14 +64,14 @@ class Device:
     Attributes:
         name: "cpu", or the accelerator's name.
         is_accelerator: Whether its energy belongs in the column "gpu".
-        nvml_index: Its number in NVML, whatever CUDA_VISIBLE_DEVICES says; None where unknown.
+        address: NVIDIA's UUID or AMD's PCI slot, the same to every rank of the host; None where unknown.
         is_mig: Whether it is sliced (MIG): the counter then holds the whole card, other tenants included.
         power_limit_w: The enforced power cap in watts.
     """
 
     name: str
     is_accelerator: bool = False
-    nvml_index: int | None = None
+    address: str | None = None
     is_mig: bool = False
     power_limit_w: float | None = None
 
@@ -91,6 +91,7 @@ class RankRecord:
         samples: Samples in this rank's steady batches; None where the batch size is unknown.
         steps: Optimizer steps in the steady window.
         grid_g_per_kwh: Carbon intensity that codecarbon applied, in g CO2e per kWh.
+        shares_card: Whether a counter of the owner's holds dies of a card that no rank trains on.
         overhead_s: Seconds spent in the monitor's own hooks, waiting for the device at window edges included.
         problems: What went wrong.
     """
@@ -105,6 +106,7 @@ class RankRecord:
     samples: int | None = None
     steps: int = 0
     grid_g_per_kwh: float | None = None
+    shares_card: bool = False
     overhead_s: float = 0.0
     problems: tuple[str, ...] = ()
 
@@ -237,9 +239,13 @@ def _warnings(
     if total["gpu_J"] == 0:
         found["gpu_zero_suspect"] = "The GPUs reported exactly 0 J: their counter is probably not working."
     if any(record.device.is_accelerator for record in records) and flags["gpu"] == "unavailable":
-        found["gpu_unavailable"] = "The accelerators used have no readable meter: there is no total."
+        found["gpu_unavailable"] = "An accelerator has no meter that can be read, or it stood still: there is no total."
     if any(record.device.is_mig for record in records):
         found["mig"] = "A GPU is sliced (MIG): its counter holds the whole card, other tenants included."
+    if any(record.shares_card for record in records):
+        found["shared_card"] = (
+            "The job uses a part of a card with one counter: it holds the whole, other jobs included."
+        )
     if carbon_source.startswith("codecarbon"):
         found["carbon_source"] = f"CO2e uses a yearly national average ({carbon_source}), not this grid at this hour."
     if steady["samples"] is None and complete:

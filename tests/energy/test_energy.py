@@ -4,13 +4,13 @@ import copy
 import csv
 import inspect
 import io
+import itertools
 import json
 import logging
 import os
 import pickle
 import signal
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -30,12 +30,13 @@ from lightning_phantom.energy import fit as energy_fit
 from lightning_phantom.energy import meter as energy_meter
 from lightning_phantom.energy import report as energy_report
 from lightning_phantom.energy import show as energy_show
+from lightning_phantom.energy.cards import Card
 from lightning_phantom.energy.monitor import EnergyMonitor
 from lightning_phantom.energy.report import Device, Energy, RankRecord
 from lightning_phantom.errors import PhantomError
 
 TRAIN, VALIDATION, OTHER = Energy(2.0, 300.0, 40.0, 10.0), Energy(1.0, 70.0, 8.0, 5.0), Energy(0.5, 11.0, 3.0, 1.0)
-ON_GPU = Device("a GPU", is_accelerator=True, nvml_index=3)
+ON_GPU = Device("a GPU", is_accelerator=True, address="GPU-of-a-test")
 
 
 def joules(energy, gpu=False):
@@ -160,6 +161,7 @@ def no_threads_left():
 @pytest.fixture
 def on_gpu(monkeypatch):
     monkeypatch.setattr(energy_fit, "describe_device", lambda device: ON_GPU)
+    monkeypatch.setattr(energy_fit, "find_cards", lambda devices: [Card((3,))])
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -233,7 +235,7 @@ def test_gpu_joules_count_where_the_job_uses_gpus(tmp_path, on_gpu):
     assert monitor.report["steady"]["J_per_step"] == pytest.approx(joules(TRAIN, gpu=True))
     assert monitor.report["devices"] == [
         {"rank": 0, "host": socket.gethostname(), "name": "a GPU", "is_accelerator": True}
-        | {"nvml_index": 3, "is_mig": False, "power_limit_w": None}
+        | {"address": "GPU-of-a-test", "is_mig": False, "power_limit_w": None}
     ]
 
 
@@ -428,8 +430,8 @@ def test_the_table_shows_what_is_missing_as_missing(tmp_path):
     assert train == ["train", "-", "-", "-", "-", "-", "failed"]
 
 
-def test_warnings_of_the_report(tmp_path, monkeypatch):
-    device = Device("a GPU", is_accelerator=True, nvml_index=0, is_mig=True)
+def test_warnings_of_the_report(tmp_path, monkeypatch, on_gpu):
+    device = Device("a GPU", is_accelerator=True, address="GPU-of-a-test", is_mig=True)
     monkeypatch.setattr(energy_fit, "describe_device", lambda _: device)
     codes = set(fit(tmp_path, Bench())[0].report["warnings"])
     assert codes == {"mig"}  # 14 s of steady window
@@ -461,9 +463,21 @@ def part(kind, **attributes):
     return type(kind, (), attributes)()
 
 
-def gpu_part(**fallback_by_index):
-    cards = [SimpleNamespace(gpu_index=int(i[1:]), _use_power_fallback=f) for i, f in fallback_by_index.items()]
-    return part("GPU", devices=SimpleNamespace(devices=cards))
+class Gpu:
+    """Has a counter that moves, or is asked for its power."""
+
+    def __init__(self, gpu_index, use_power):
+        self.gpu_index, self._use_power_fallback = gpu_index, use_power
+        self.power, self._kwh = SimpleNamespace(kW=0.4), itertools.count(1)
+
+    @property
+    def last_energy(self):
+        return None if self._use_power_fallback else SimpleNamespace(kWh=next(self._kwh))
+
+
+def gpu_part(**use_power_by_index):
+    gpus = [Gpu(int(index[1:]), use_power) for index, use_power in use_power_by_index.items()]
+    return part("GPU", devices=SimpleNamespace(devices=gpus))
 
 
 @pytest.mark.parametrize(
@@ -775,34 +789,6 @@ def test_a_codecarbon_that_never_reads_is_noticed(tmp_path):
     # Its offline constructor swallows the error, and start() and stop() of what is left pass.
     with pytest.raises(RuntimeError, match="no reading"):
         energy_meter.Meter(tracker_options() | {"output_dir": "/does/not/exist"})
-
-
-def test_gpus_are_found_by_uuid_whatever_torch_numbers_them(monkeypatch):
-    uuids = {"GPU-aaaa": 5, "GPU-bbbb": 2}
-    nvml = SimpleNamespace(
-        nvmlInit=lambda: None,
-        nvmlShutdown=lambda: None,
-        nvmlDeviceGetHandleByUUID=lambda uuid: uuids[uuid],
-        nvmlDeviceGetIndex=lambda handle: handle,
-        nvmlDeviceGetMigMode=lambda handle: (1, 1) if handle == 5 else (0, 0),
-        nvmlDeviceGetEnforcedPowerLimit=lambda handle: 650_000,
-    )
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    visible = {0: "bbbb", 1: "aaaa", 2: "cccc"}
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="H200", uuid=visible[device.index])
-    )
-
-    def described(index):
-        return energy_meter.describe_device(torch.device("cuda", index))
-
-    assert described(0) == Device("H200", True, 2, False, 650.0)
-    assert described(1) == Device("H200", True, 5, True, 650.0)
-    assert described(2) == Device("H200", True)  # NVML does not know it: no index, hence no figure
-    del nvml.nvmlDeviceGetMigMode
-    assert described(1) == Device("H200", True, 5, False, 650.0)
-    assert energy_meter.describe_device(torch.device("cpu")) == Device("cpu")
-    assert energy_meter.describe_device(torch.device("mps")) == Device("mps", is_accelerator=True)
 
 
 def test_a_trainer_whose_ranks_cannot_be_reached_fails_the_meter(tmp_path):
