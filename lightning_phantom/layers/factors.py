@@ -169,7 +169,10 @@ def settle(
 
 
 def leading_vectors(column: Tensor, k: int) -> Tensor:
-    """The k leading right singular vectors [m, k] of a matrix [n, m], strongest first."""
+    """The k leading right singular vectors [m, k] of a matrix [n, m], strongest first; 0 for a singular value of 0."""
+    if k <= len(column) < column.shape[1]:  # from the smaller of the two squares
+        right = column.T @ leading_vectors(column.T, k)
+        return right / right.norm(dim=0).clamp(min=torch.finfo(right.dtype).tiny)
     _, vectors = torch.linalg.eigh(column.T @ column)
     return vectors[:, -k:].flip(1)
 
@@ -177,8 +180,9 @@ def leading_vectors(column: Tensor, k: int) -> Tensor:
 def _decompose(weight: Tensor, j: int, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """Factor block column j: C_j [k, m_in] and, for every row of W, D_j [out, k] with the own block's rows zero."""
     column = weight[:, j * blocks.block_in : (j + 1) * blocks.block_in].to(torch.float64, copy=True)
-    column[j * blocks.block_out : (j + 1) * blocks.block_out] = 0
-    vectors = leading_vectors(column, blocks.phantom_width)
+    own = slice(j * blocks.block_out, (j + 1) * blocks.block_out)
+    vectors = leading_vectors(torch.cat([column[: own.start], column[own.stop :]]), blocks.phantom_width)
+    column[own] = 0
     return settle(vectors.T, column @ vectors, j, blocks)
 
 

@@ -27,14 +27,15 @@ def test_from_dense_is_exact_at_the_largest_width():
         assert torch.allclose(to_dense(factors, p), weight, atol=1e-12)
 
 
-def test_from_dense_is_the_best_of_its_width():
-    """The error of each block column equals the singular values that were left out (Eckart-Young)."""
-    p, k, weight = 4, 2, torch.randn(32, 32, dtype=torch.float64)
-    error = to_dense(from_dense(weight, Blocks(32, 32, p, k, 0, ""), ALONE), p) - weight
+@pytest.mark.parametrize(("n_in", "n_out", "p"), [(32, 32, 4), (64, 16, 4), (96, 8, 2)])
+def test_from_dense_is_the_best_of_its_width(n_in, n_out, p):
+    """The error of each block column, tall or wide, equals the singular values that were left out (Eckart-Young)."""
+    k, m, weight = 2, n_in // p, torch.randn(n_out, n_in, dtype=torch.float64)
+    error = to_dense(from_dense(weight, Blocks(n_in, n_out, p, k, 0, ""), ALONE), p) - weight
     for j in range(p):
-        column = torch.cat([b for i, b in enumerate(weight[:, j * 8 : (j + 1) * 8].chunk(p)) if i != j])
+        column = torch.cat([b for i, b in enumerate(weight[:, j * m : (j + 1) * m].chunk(p)) if i != j])
         left_out = torch.linalg.svdvals(column)[k:].square().sum()
-        assert torch.allclose(error[:, j * 8 : (j + 1) * 8].square().sum(), left_out)
+        assert torch.allclose(error[:, j * m : (j + 1) * m].square().sum(), left_out)
 
 
 def test_signs_are_settled_and_factors_balanced():
