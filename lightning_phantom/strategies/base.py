@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -130,8 +130,7 @@ class SplitStrategy(RunningStrategy):
         super().setup_environment()
         self._mesh = make_mesh(self._settle_sizes(), self._timeout)
         self._agree_on_seed()
-        module = self.lightning_module
-        assert module is not None
+        module = self._module
         config = self.config
         if is_overridden("configure_model", module) and config.plan is not None:
             names = [name for name, _ in module.named_modules()]
@@ -142,28 +141,14 @@ class SplitStrategy(RunningStrategy):
         self._swap(config)
 
     def setup(self, trainer: L.Trainer) -> None:
-        """Swap what `configure_model` made, move and align the model, make averages and optimizers."""
-        module = self.lightning_module
-        assert self.accelerator is not None and self.model is not None and module is not None
+        """Swap what hooks have made, move and align the model, make averages and optimizers."""
+        module = self._module
+        assert self.accelerator is not None and self.model is not None
         fitting = trainer.state.fn == TrainerFn.FITTING
         self.accelerator.setup(trainer)
-        # Before anything looks at the module's parameters.
-        early = split_layers(module)
-        self._swap(self.config)
-        check_trainer(trainer, self.mesh.phantom.size, swapped_late=split_layers(module) != early)
-        if not split_layers(module):
-            raise nothing_qualifies(module, self._plan(module, self.config))
-        materialise(module, self.root_device)
+        self._complete(module)
         if fitting and self._layer_sync and self.world_size > 1:
             self.model = self._layer_sync.apply(self.model)
-        layers = split_layers(module)
-        self.model = self.precision_plugin.convert_module(self.model)
-        if split_layers(module) != layers:
-            raise PhantomError(
-                f"{type(self.precision_plugin).__name__} has put layers of its own where the {self.layer_kind} layers "
-                f"were; it replaces linear layers, which {self.layer_kind} layers are not in its sense. Use a plain "
-                f"precision."
-            )
         # Now that every parameter is the one that will be trained, and where.
         self.model_to_device()
         self._sharded = sharded_parameters(module)
@@ -187,6 +172,28 @@ class SplitStrategy(RunningStrategy):
             agree_on_inf(scaler, self.mesh.world)
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Swap what hooks have made, `on_load_checkpoint` the last of them, and load the weights."""
+        self._complete(self._module)
+        super().load_model_state_dict(checkpoint, strict)
+
+    def _complete(self, module: L.LightningModule) -> None:
+        """Make every parameter the one that will be trained: swapped, with a value, in the run's precision."""
+        early = split_layers(module)
+        self._swap(self.config)
+        layers = split_layers(module)
+        check_trainer(module.trainer, self.mesh.phantom.size, swapped_late=layers != early)
+        if not layers:
+            raise nothing_qualifies(module, self._plan(module, self.config))
+        materialise(module, self.root_device)
+        self.precision_plugin.convert_module(module)
+        if split_layers(module) != layers:
+            raise PhantomError(
+                f"{type(self.precision_plugin).__name__} has put layers of its own where the {self.layer_kind} layers "
+                f"were; it replaces linear layers, which {self.layer_kind} layers are not in its sense. Use a plain "
+                f"precision."
+            )
 
     def teardown(self) -> None:
         """Give the precision plugin back as it was, and end the run."""
@@ -213,8 +220,7 @@ class SplitStrategy(RunningStrategy):
 
     def _swap(self, config: Any) -> None:
         """Swap what qualifies and is not swapped yet."""
-        module = self.lightning_module
-        assert module is not None
+        module = self._module
         for name, layer in split_layers(module).items():
             self._check_layer(name, layer, config)
         if self._swapper is None or self._swapper.module is not module:
@@ -224,8 +230,7 @@ class SplitStrategy(RunningStrategy):
     @torch.no_grad()
     def _align_replicated(self) -> None:
         """Give every rank global rank 0's replicated parameters and buffers; shards are each rank's own."""
-        assert self.lightning_module is not None
-        for tensor in (*self.lightning_module.parameters(), *self.lightning_module.buffers()):
+        for tensor in (*self._module.parameters(), *self._module.buffers()):
             if id(tensor) not in self._sharded:
                 tensor.copy_(broadcast(tensor, dist.group.WORLD))
 
