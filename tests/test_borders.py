@@ -33,7 +33,9 @@ ATTRIBUTES = {
     **dict.fromkeys(("_is_view", "_is_zerotensor", "_make_wrapper_subclass"), "torch.Tensor"),
     "_C": "torch",
     "_trainer": "lightning.pytorch.LightningModule",
-    **dict.fromkeys(("_are_functorch_transforms_active", "_current_graph_task_id", "_nn"), "torch._C"),
+    **dict.fromkeys(
+        ("_are_functorch_transforms_active", "_current_graph_task_id", "_get_tracing_state", "_nn"), "torch._C"
+    ),
     "_current_level": "torch.autograd.forward_ad",
     "_execution_engine": "torch.autograd.Variable",
     "_schema": "torch._ops.OpOverload",

@@ -187,9 +187,9 @@ def check_version(checkpoint: Mapping[str, Any]) -> None:
 
 
 def check_readable(checkpoint: Any) -> None:
-    """Raise CheckpointError unless this is a checkpoint that this release reads."""
-    if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
-        raise CheckpointError("this is not a Lightning checkpoint: it has no 'state_dict'.")
+    """Raise CheckpointError unless this is a checkpoint, dense or one that this release reads."""
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(f"this is no checkpoint: it holds a {type(checkpoint).__name__}.")
     if ENTRY in checkpoint:
         check_version(checkpoint)
 

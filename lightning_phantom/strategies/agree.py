@@ -1,4 +1,4 @@
-"""Swapping a module's layers on all ranks together; needs no Trainer."""
+"""What ranks do together to make a module ready: swap layers, align weights, average gradients; needs no Trainer."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_phantom.distributed.comm import gather_objects
+from lightning_phantom.distributed.comm import broadcast, gather_objects
+from lightning_phantom.distributed.gradients import ShardAverage
 from lightning_phantom.distributed.mesh import Mesh
 from lightning_phantom.errors import PhantomError, PlanError
 from lightning_phantom.layers.dense import is_linear
-from lightning_phantom.layers.split import SplitLinear, split_layers
+from lightning_phantom.layers.split import SplitLinear, sharded_parameters, split_layers
 from lightning_phantom.plan.record import Plan
 from lightning_phantom.swap import carry_out
 
@@ -110,6 +113,29 @@ def _joined(first: Plan, second: Plan) -> Plan:
         layers=tuple(layer if layer.swapped else kept.get(layer.name, layer) for layer in second.layers),
         ffns=ffns + tuple(ffn for ffn in second.ffns if not known.issuperset(ffn.names)),
     )
+
+
+@torch.no_grad()
+def align_replicated(module: nn.Module) -> None:
+    """Give every rank global rank 0's replicated parameters and buffers; shards are each rank's own."""
+    sharded = sharded_parameters(module)
+    for tensor in (*module.parameters(), *module.buffers()):
+        if id(tensor) not in sharded:
+            tensor.copy_(broadcast(tensor, dist.group.WORLD))
+
+
+def average_shards(module: nn.Module, mesh: Mesh) -> ShardAverage | None:
+    """Average the gradients of shards over the groups, where there are several, and keep DDP from doing it."""
+    sharded = sharded_parameters(module)
+    shards = {name: p for name, p in module.named_parameters(remove_duplicate=False) if id(p) in sharded}
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(shards))
+    return ShardAverage(dict.fromkeys(shards.values()), mesh.data_parallel) if mesh.data_parallel.size > 1 else None
+
+
+def has_replicated(module: nn.Module) -> bool:
+    """Whether anything is left for DDP to average."""
+    sharded = sharded_parameters(module)
+    return any(p.requires_grad and id(p) not in sharded for p in module.parameters())
 
 
 @rank_zero_only

@@ -13,21 +13,19 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_phantom.config import is_int
-from lightning_phantom.distributed.comm import broadcast
 from lightning_phantom.distributed.gradients import agree_on_inf
 from lightning_phantom.distributed.mesh import Sizes, make_mesh
 from lightning_phantom.distributed.replicas import ReplicaCheck
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers.split import SplitLinear, sharded_parameters, split_layers
 from lightning_phantom.plan.record import Plan
-from lightning_phantom.strategies.agree import Swapper
+from lightning_phantom.strategies.agree import Swapper, align_replicated
 from lightning_phantom.strategies.checks import check_optimizers, check_trainer, check_update_rules
 from lightning_phantom.strategies.first_step import FirstStep
 from lightning_phantom.strategies.launch import PhantomLauncher
@@ -152,7 +150,7 @@ class SplitStrategy(RunningStrategy):
         # Now that every parameter is the one that will be trained, and where.
         self.model_to_device()
         self._sharded = sharded_parameters(module)
-        self._align_replicated()
+        align_replicated(module)
         if fitting:
             if self.world_size > 1:
                 self.configure_ddp()
@@ -226,13 +224,6 @@ class SplitStrategy(RunningStrategy):
         if self._swapper is None or self._swapper.module is not module:
             self._swapper = Swapper(module, self._plan)
         self._swapper.swap(config, self.mesh)
-
-    @torch.no_grad()
-    def _align_replicated(self) -> None:
-        """Give every rank global rank 0's replicated parameters and buffers; shards are each rank's own."""
-        for tensor in (*self._module.parameters(), *self._module.buffers()):
-            if id(tensor) not in self._sharded:
-                tensor.copy_(broadcast(tensor, dist.group.WORLD))
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lightning_phantom.distributed.gradients import ShardAverage, clip_grad_norm_
 from lightning_phantom.distributed.replicas import ReplicaCheck
 from lightning_phantom.distributed.shards import Split
+from lightning_phantom.strategies.agree import average_shards, has_replicated
 from lightning_phantom.strategies.first_step import FirstStep
 from lightning_phantom.strategies.saving import CheckpointingStrategy
 
@@ -60,14 +60,10 @@ class RunningStrategy(CheckpointingStrategy):
         """Average gradients: replicated parameters' over all ranks, shards' over the groups."""
         module = self._module
         self._frozen = [p for p in module.parameters() if not p.requires_grad]
-        shards = {name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in self._sharded}
         if self._average is not None:
             self._average.remove()
-        if self.mesh.data_parallel.size > 1:
-            held = dict(module.named_parameters(remove_duplicate=False))
-            self._average = ShardAverage(dict.fromkeys(held[name] for name in shards), self.mesh.data_parallel)
-        if any(p.requires_grad and id(p) not in self._sharded for p in module.parameters()):
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(shards))
+        self._average = average_shards(module, self.mesh)
+        if has_replicated(module):
             super().configure_ddp()
 
     @contextmanager

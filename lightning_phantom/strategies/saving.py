@@ -19,7 +19,7 @@ from lightning_phantom.checkpoints.full import StandIns, stand_ins
 from lightning_phantom.checkpoints.rng import rng_states, set_rng_states
 from lightning_phantom.checkpoints.store import Store
 from lightning_phantom.distributed.mesh import Mesh
-from lightning_phantom.errors import PhantomError
+from lightning_phantom.errors import CheckpointError, PhantomError
 from lightning_phantom.layers.split import split_layers
 
 
@@ -91,6 +91,8 @@ class CheckpointingStrategy(DDPStrategy):
             CheckpointError: it is damaged, incomplete or foreign.
         """
         loaded = self._store.read(checkpoint_path, self._weights_only if weights_only is None else weights_only)
+        if "state_dict" not in loaded:
+            raise CheckpointError(f"{checkpoint_path}: this is not a Lightning checkpoint: it has no 'state_dict'.")
         self._as_read = stand_ins(loaded)
         if self._module.trainer.state.fn == TrainerFn.FITTING:
             self._resumed_rng = generators_of(loaded)
