@@ -52,6 +52,9 @@ ATTRIBUTES = {
 }
 # What a class of ours overrides, or uses of itself, that its base has.
 INHERITED = {
+    "PhantomFabricStrategy": {
+        *("_backward_sync_control", "_checkpoint_io", "_convert_stateful_objects_in_state", "_timeout")
+    },
     "PhantomLauncher": {"_call_children_scripts"},
     "Recipe": {"_set_seed"},
     "RunningStrategy": {"_lightning_module"},

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -65,7 +66,6 @@ class PhantomFabricStrategy(DDPStrategy):
         state_dict_type: Literal["full", "sharded"] = "full",
         **kwargs: Any,
     ) -> None:
-        kwargs.setdefault("checkpoint_io", AtomicCheckpointIO())
         kwargs.setdefault("timeout", timedelta(minutes=30))
         super().__init__(**kwargs)
         if state_dict_type not in ("full", "sharded"):
@@ -85,6 +85,17 @@ class PhantomFabricStrategy(DDPStrategy):
         if self._mesh is None:
             raise PhantomError("the ranks have not met yet: call fabric.launch() first.")
         return self._mesh
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """What reads and writes files: Fabric's plugin, or ours, which writes them atomically."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = AtomicCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy has, in a pickle or not: no ranks, before it is launched."""

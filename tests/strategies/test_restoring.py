@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import BaseFinetuning, Callback, StochasticWeightAveraging, Timer
+from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from ranks import run_ranks
 from torch import nn
 from training import Net, loader, own, trainer, weights
@@ -105,6 +106,52 @@ def test_the_order_is_that_of_ddp(tmp_path, strategy):
     ]
     if strategy in ("ddp", phantom):
         assert module.shape == (32, 16)  # a file is seen as it is
+
+
+NOT_CALLED = {"configure_model", "configure_sharded_model"}  # what is not overridden
+
+
+def tells(cls, seen):
+    """`cls`, whose instances note which of their hooks are called."""
+
+    def told(name):
+        def call(self, *args, **kwargs):
+            seen.append(f"{cls.__name__}.{name}")
+            return getattr(super(telling, self), name)(*args, **kwargs)
+
+        return call
+
+    hooks = {name for base in (ModelHooks, CheckpointHooks, DataHooks, Callback) for name in dir(base)}
+    own = {name for name in hooks if name[0] != "_" and callable(getattr(cls, name, None))} - NOT_CALLED
+    telling = type(cls.__name__, (cls,), {name: told(name) for name in own})
+    return telling
+
+
+class Data(L.LightningDataModule):
+    def train_dataloader(self):
+        return loader(16)
+
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+
+
+def hooks_of(strategy, folder):
+    """Every hook of a program, in order: a fit, one that goes on, and what else reads its checkpoint."""
+    seen = []
+    module, data, callback = (tells(cls, seen) for cls in (Net, Data, Callback))
+    options = {"num_sanity_val_steps": 1, "gradient_clip_val": 1.0}
+    t = trainer(folder, strategy=strategy(), callbacks=[callback()], **options)
+    t.fit(module(), datamodule=data())
+    t.save_checkpoint(folder / "a")
+    for n, run in enumerate(("fit", "validate", "test", "predict")):
+        t = trainer(folder, strategy=strategy(), callbacks=[callback()], max_epochs=2, **options)
+        seen.append(f"-- {n}: {run}")
+        getattr(t, run)(module(), datamodule=data(), ckpt_path=folder / "a")
+    return seen
+
+
+def test_every_hook_comes_when_it_does_under_ddp(tmp_path):
+    seen = hooks_of(phantom, tmp_path)
+    assert seen == hooks_of(lambda: "ddp", tmp_path) and len(seen) > 200
 
 
 class Odd:
