@@ -33,7 +33,9 @@ ATTRIBUTES = {
     **dict.fromkeys(("_is_view", "_is_zerotensor", "_make_wrapper_subclass"), "torch.Tensor"),
     "_C": "torch",
     "_trainer": "lightning.pytorch.LightningModule",
-    **dict.fromkeys(("_are_functorch_transforms_active", "_current_graph_task_id", "_nn"), "torch._C"),
+    **dict.fromkeys(
+        ("_are_functorch_transforms_active", "_current_graph_task_id", "_get_tracing_state", "_nn"), "torch._C"
+    ),
     "_current_level": "torch.autograd.forward_ad",
     "_execution_engine": "torch.autograd.Variable",
     "_schema": "torch._ops.OpOverload",
@@ -50,6 +52,9 @@ ATTRIBUTES = {
 }
 # What a class of ours overrides, or uses of itself, that its base has.
 INHERITED = {
+    "PhantomFabricStrategy": {
+        *("_backward_sync_control", "_checkpoint_io", "_convert_stateful_objects_in_state", "_timeout")
+    },
     "PhantomLauncher": {"_call_children_scripts"},
     "Recipe": {"_set_seed"},
     "RunningStrategy": {"_lightning_module"},

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lightning_phantom.checkpoints.states import is_whole, layers_named
 from lightning_phantom.errors import CheckpointError
-from lightning_phantom.layers.split import split_layers
+from lightning_phantom.layers.split import any_layer, split_layers
 
 VERSION = 1
 ENTRY = "phantom"
@@ -84,8 +84,7 @@ class PhantomRecord(NamedTuple):
 
 def describe(module: nn.Module) -> dict[str, Any]:
     """What a checkpoint must agree on with the module that loads it."""
-    layers = split_layers(module)
-    first = next(iter(layers.values()))
+    layers, first = split_layers(module), any_layer(module)
     return _description(first.method, first.shared_record(), {name: layer.record() for name, layer in layers.items()})
 
 
@@ -187,14 +186,19 @@ def check_version(checkpoint: Mapping[str, Any]) -> None:
         raise CheckpointError(f"the checkpoint has format version {saved!r}, this release reads {VERSION}; upgrade.")
 
 
+def check_readable(checkpoint: Any) -> None:
+    """Raise CheckpointError unless this is a checkpoint, dense or one that this release reads."""
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(f"this is no checkpoint: it holds a {type(checkpoint).__name__}.")
+    if ENTRY in checkpoint:
+        check_version(checkpoint)
+
+
 def check_fits(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Raise CheckpointError unless the checkpoint is dense or was saved from the same layers by the same method."""
-    if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
-        raise CheckpointError("this is not a Lightning checkpoint: it has no 'state_dict'.")
     if ENTRY not in checkpoint:
         return
-    check_version(checkpoint)
-    saved, here, first = _entry(checkpoint), describe(module), next(iter(split_layers(module).values()))
+    saved, here, first = _entry(checkpoint), describe(module), any_layer(module)
     if method_of(checkpoint) != first.method:
         raise CheckpointError(
             f"the checkpoint was saved by strategy={method_of(checkpoint)!r} in shards, which this strategy, "

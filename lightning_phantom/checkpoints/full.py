@@ -5,9 +5,10 @@ Saving is collective within one group of ranks; its first one holds one gathered
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -15,7 +16,10 @@ from lightning_phantom.checkpoints.format import SavedFactors, describe, factors
 from lightning_phantom.checkpoints.optimizers import optimizer_to_names
 from lightning_phantom.checkpoints.states import KeyPath, layers_in, layers_named, replace_model_states, tensors_of
 from lightning_phantom.distributed.shards import Split
+from lightning_phantom.layers.activation import version_of
 from lightning_phantom.layers.dense import oriented
+
+StandIns = dict[KeyPath, tuple[Tensor, Any]]
 
 
 def make_full(module: nn.Module, checkpoint: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> dict[str, Any]:
@@ -39,21 +43,62 @@ def make_full(module: nn.Module, checkpoint: Mapping[str, Any], optimizers: Sequ
     return {**with_entry(whole, optimizers=named), "optimizer_states": []}
 
 
-def take_share(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def stand_ins(checkpoint: Mapping[str, Any]) -> StandIns:
+    """The tensors of a full checkpoint that stand for factors, by path and key, as they are now."""
+    found: StandIns = {}
+    for entry in factors_of(checkpoint):
+        state = _at(checkpoint, entry.path)
+        for key in entry.tensors:
+            tensor, place = state.get(key), (*entry.path, key)
+            if isinstance(tensor, Tensor):
+                found[place] = tensor, version_of(tensor)
+    return found
+
+
+def take_share(module: nn.Module, checkpoint: Mapping[str, Any], as_read: StandIns | None = None) -> dict[str, Any]:
     """Return a full checkpoint with this rank's factors in place of the dense weights that stand for them.
 
-    Weights that are the layers' own stay whole: the layers take their share when they load them.
+    Weights that are the layers' own stay whole: the layers take their share when they load them. So do those that are
+    not what they were `as_read` any more, and stand for nothing but themselves.
     """
     local = dict(checkpoint)
+    changed = set() if as_read is None else _changed(as_read, stand_ins(checkpoint))
     for entry in factors_of(checkpoint):
+        if not _at(checkpoint, entry.path):
+            continue  # somebody has taken it out
         target: Any = local
         for key in entry.path:  # copy on the way down: the caller's dicts stay as they are
             target[key] = dict(target[key]) if isinstance(target[key], Mapping) else list(target[key])
             target = target[key]
         for base, layer in layers_named(module, entry.tensors).items():
+            weight = f"{base}weight"
+            if (*entry.path, weight) in changed:
+                rank_zero_warn(f"{weight!r} was changed after it was read: {layer.kind} factors are found anew.")
+                continue
             for name, tensor in tensors_of(layer, base, entry.tensors).items():
-                target[base + name] = layer.share_of(name, tensor)
+                whole = target.get(base + name) if (*entry.path, base + name) in changed else tensor
+                if whole is not None:
+                    target[base + name] = layer.share_of(name, whole)
     return local
+
+
+def _changed(before: StandIns, now: StandIns) -> set[KeyPath]:
+    absent = None, None
+    return {
+        key
+        for key, (tensor, version) in before.items()
+        if now.get(key, absent)[0] is not tensor or now[key][1] != version
+    }
+
+
+def _at(value: Any, path: Iterable[str | int]) -> Mapping[str, Any]:
+    """The dict at a path of nested dicts and lists; an empty one if it is not there."""
+    for key in path:
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            return {}
+    return value if isinstance(value, Mapping) else {}
 
 
 def _gather_state(module: nn.Module, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:

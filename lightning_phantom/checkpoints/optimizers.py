@@ -18,7 +18,9 @@ def optimizer_to_names(
     module: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], gather: Callable[[Tensor, Split | None], Any]
 ) -> dict[str, Any]:
     """Key an optimizer's state dict by parameter name; `gather(tensor, split)` turns a shard into what is saved."""
-    names, sharded = _names(module), sharded_parameters(module)
+    if not state:
+        return {}  # of what stands for an optimizer where there is none
+    names, sharded = _names(module, optimizer), sharded_parameters(module)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     saved: dict[str, Any] = {}
     for index, parameter in enumerate(params):
@@ -49,17 +51,21 @@ def optimizer_from_names(
     Raises:
         CheckpointError: the checkpoint's optimizer held other parameters.
     """
-    names, sharded = _names(module), sharded_parameters(module)
+    names, sharded = _names(module, optimizer), sharded_parameters(module)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     held = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-    if held != [group["params"] for group in saved["param_groups"]]:
+    if held != [group["params"] for group in saved.get("param_groups", [])]:
         raise CheckpointError(
             "the checkpoint's optimizer held other parameters, or in other groups, than this one. Resume with the "
             "configure_optimizers it was saved with, or load the weights alone."
         )
+    if not saved:
+        return {}
     index = {names[id(p)]: n for n, p in enumerate(params)}
     state: dict[int, Any] = {}
     for name, values in saved["state"].items():
+        if name not in index:
+            raise CheckpointError(f"the checkpoint is damaged: it has an optimizer state of {name!r}, in no group.")
         parameter = params[index[name]]
         split = sharded.get(id(parameter))
         state[index[name]] = {
@@ -70,5 +76,11 @@ def optimizer_from_names(
     return {"state": state, "param_groups": groups}
 
 
-def _names(module: nn.Module) -> dict[int, str]:
-    return {id(p): name for name, p in module.named_parameters()}
+def _names(module: nn.Module, optimizer: Optimizer) -> dict[int, str]:
+    """The name of each of the optimizer's parameters, by id."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    if any(id(p) not in names for group in optimizer.param_groups for p in group["params"]):
+        raise CheckpointError(
+            f"{type(optimizer).__name__} holds parameters that the module has no name for; register them in it."
+        )
+    return names

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from lightning_phantom.checkpoints.files import is_local
 from lightning_phantom.checkpoints.format import (
     SavedGenerators,
     check_fits,
+    check_readable,
     is_full,
     method_of,
     optimizers_of,
@@ -31,7 +33,7 @@ from lightning_phantom.checkpoints.versions import discard, make_place, place_fo
 from lightning_phantom.distributed.comm import broadcast_object, gather_objects
 from lightning_phantom.distributed.mesh import Mesh
 from lightning_phantom.errors import CheckpointError
-from lightning_phantom.layers.split import SplitLinear, split_layers
+from lightning_phantom.layers.split import any_layer
 
 T = TypeVar("T")
 
@@ -53,11 +55,6 @@ class Store:
     mesh: Mesh
     device: torch.device
     io: Any
-
-    @property
-    def _layer(self) -> SplitLinear:
-        """Any of the layers: all are of one kind."""
-        return next(iter(split_layers(self.module).values()))
 
     def save(self, checkpoint: dict[str, Any], path: Any, state_dict_type: str, storage_options: Any = None) -> None:
         """Save a checkpoint that holds this rank's shards and optimizer states.
@@ -87,12 +84,39 @@ class Store:
         Raises:
             CheckpointError: it is damaged, incomplete, foreign, or of another model.
         """
-        try:
+        checkpoint = self.read(path, weights_only)
+        with _named(path):
+            return self.fit(checkpoint)
+
+    def read(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
+        """Read a checkpoint as it was saved, whatever the module: whole from a file, of a directory this rank's share.
+
+        Raises:
+            CheckpointError: it is damaged, incomplete or foreign.
+        """
+        with _named(path):
             if is_local(path) and Path(path).is_dir():
-                return self._load_sharded(Path(path), weights_only)
-            return self._load_full(path, weights_only)
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from error.__cause__
+                return self._read_sharded(Path(path), weights_only)
+            return self._read_full(path, weights_only)
+
+    def fit(self, checkpoint: Mapping[str, Any], as_read: full.StandIns | None = None) -> dict[str, Any]:
+        """Check what `read` has returned against the module, and return this rank's share of it.
+
+        Args:
+            checkpoint: which hooks of the user's may have changed since.
+            as_read: its `full.stand_ins` when it was read; None: nobody has changed it.
+
+        Raises:
+            CheckpointError: it is of another model.
+        """
+        if method_of(checkpoint) not in (None, any_layer(self.module).method) and is_full(checkpoint):
+            # Its dense weights are as good as any; the optimizer's state is of other layers.
+            checkpoint = without_entry(checkpoint)
+        check_fits(self.module, checkpoint)
+        if is_full(checkpoint):
+            return full.take_share(self.module, checkpoint, as_read)
+        sharded.check_splits(self.module, checkpoint)
+        return dict(checkpoint)
 
     def optimizer_states(self, checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
         """This rank's share of the optimizer states in what `load` has returned, for `Optimizer.load_state_dict`.
@@ -100,11 +124,11 @@ class Store:
         Raises:
             CheckpointError: the checkpoint was saved by another strategy, whose optimizer held the dense weights.
         """
-        saved = optimizers_of(checkpoint)
+        saved, kind = optimizers_of(checkpoint), any_layer(self.module).kind
         if saved is None:
             raise CheckpointError(
-                f"the checkpoint holds no optimizer state for {self._layer.kind} layers, so the fit cannot go on from "
-                f"it. To start from its weights, load them in the module (or its setup hook) and fit without ckpt_path."
+                f"the checkpoint holds no optimizer state for {kind} layers, so the fit cannot go on from it. "
+                f"To start from its weights, load them in the module (or its setup hook) and fit without ckpt_path."
             )
         if len(saved) != len(self.optimizers):
             raise CheckpointError(f"the checkpoint has {len(saved)} optimizers, the module {len(self.optimizers)}.")
@@ -144,7 +168,7 @@ class Store:
                 discard(folder, path)
             raise
 
-    def _load_full(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
+    def _read_full(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
         kwargs = {} if weights_only is None else {"weights_only": weights_only}
         try:
             loaded = self.io.load_checkpoint(path, **kwargs)
@@ -154,22 +178,27 @@ class Store:
             raise CheckpointError(
                 f"cannot be read; it is truncated or no checkpoint. Use an earlier one. ({error})"
             ) from error
-        if isinstance(loaded, Mapping) and method_of(loaded) not in (None, self._layer.method):
-            # Its dense weights are as good as any; the optimizer's state is of other layers.
-            loaded = without_entry(loaded)
-        check_fits(self.module, loaded)
-        return full.take_share(self.module, loaded)
+        check_readable(loaded)
+        return dict(loaded)
 
-    def _load_sharded(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
+    def _read_sharded(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
         folder = _together(lambda: verify(path, dist.get_rank(), dist.get_world_size()))
         try:
             rest = sharded.read_rest(folder, weights_only)
         except Exception as error:
             raise CheckpointError(f"cannot be read; use an earlier one. ({error})") from error
-        check_fits(self.module, rest)
-        sharded.check_splits(self.module, rest)
+        check_readable(rest)
         mesh = self.mesh.device_mesh(self.device.type)
         return _together(lambda: sharded.read_tensors(folder, rest, mesh))
+
+
+@contextmanager
+def _named(path: Any) -> Iterator[None]:
+    """Say of which checkpoint an error speaks."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error.__cause__
 
 
 def _together(action: Callable[[], T]) -> T:

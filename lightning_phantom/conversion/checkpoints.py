@@ -182,7 +182,9 @@ def to_fewer_blocks(
             + (f"Possible: {', '.join(map(str, possible))}. " if possible else "Fewer are one block, the dense layer. ")
             + "For one block use --to dense."
         )
-    tensors = next(entry.tensors for entry in factors_of(checkpoint) if entry.path == _PATH)
+    tensors = {key: t for entry in factors_of(checkpoint) if entry.path == _PATH for key, t in entry.tensors.items()}
+    if missing := [key for name in layers for key in (f"{name}.{f}" for f in FACTORS) if key not in tensors]:
+        raise CheckpointError(f"the checkpoint is damaged: {missing[0]!r} is missing from its factors.")
     result = _Result(checkpoint, p // q, folder)
     for name, layer in layers.items():
         on_layer(name)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_phantom.distributed import comm
 from lightning_phantom.distributed.agreement import Agreement, Rows, agreement_of
+from lightning_phantom.errors import PhantomError
 
 Waiting = Callable[[], Tensor]
 
@@ -38,14 +39,25 @@ class Ranks:
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What can be pickled: of a group, that there was one."""
+        return {**vars(self), "process_group": None}
+
     def __repr__(self) -> str:
         return f"Ranks(rank={self.rank}, size={self.size})"
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """The process group; raises ValueError for a process alone without one."""
+        """The process group.
+
+        Raises:
+            PhantomError: there is none: these ranks have been pickled, or one process is alone.
+        """
         if self.process_group is None:
-            raise ValueError("this process is alone and has no group")
+            raise PhantomError(
+                f"this copy of what {self.size} ranks hold between them was pickled, and has lost the other ranks. "
+                f"Pickle densify(module), or load the copy's state dict into the module that the ranks hold."
+            )
         return self.process_group
 
     @property

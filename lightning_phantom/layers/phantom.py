@@ -200,8 +200,9 @@ def _check_sizes(in_features: int, out_features: int, num_blocks: int, num_ranks
 
 
 def _is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, which know operations but not `_Mix`."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether torch.func, forward-mode differentiation or a trace is at work, which know operations but not `_Mix`."""
+    is_traced = torch._C._get_tracing_state() is not None
+    return is_traced or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _mix(

@@ -19,7 +19,7 @@ from lightning_phantom.distributed.agreement import Rows
 from lightning_phantom.distributed.exchange import to_features
 from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.distributed.shards import Split
-from lightning_phantom.errors import LayoutError
+from lightning_phantom.errors import LayoutError, PhantomError
 from lightning_phantom.layers.activation import Place, ShardedActivation, version_of
 from lightning_phantom.layers.dense import is_conv1d, oriented
 
@@ -232,6 +232,19 @@ _LEFT_OUT_OF_KEYS = "_checkpoint_wrapped_module."
 def split_layers(module: nn.Module) -> dict[str, SplitLinear]:
     """The layers of a module that ranks hold between them, by name as the keys of its state dict have it."""
     return {key_of(name): m for name, m in module.named_modules() if isinstance(m, SplitLinear)}
+
+
+def any_layer(module: nn.Module) -> SplitLinear:
+    """One of the layers of a module that ranks hold between them: all are of one kind.
+
+    Raises:
+        PhantomError: it has none.
+    """
+    for layer in split_layers(module).values():
+        return layer
+    raise PhantomError(
+        f"{type(module).__name__} holds no layers that are split over ranks: phantomize_ or a strategy makes them."
+    )
 
 
 def key_of(name: str) -> str:

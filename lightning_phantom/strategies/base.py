@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -13,21 +13,19 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_phantom.config import is_int
-from lightning_phantom.distributed.comm import broadcast
 from lightning_phantom.distributed.gradients import agree_on_inf
 from lightning_phantom.distributed.mesh import Sizes, make_mesh
 from lightning_phantom.distributed.replicas import ReplicaCheck
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers.split import SplitLinear, sharded_parameters, split_layers
 from lightning_phantom.plan.record import Plan
-from lightning_phantom.strategies.agree import Swapper
+from lightning_phantom.strategies.agree import Swapper, align_replicated
 from lightning_phantom.strategies.checks import check_optimizers, check_trainer, check_update_rules
 from lightning_phantom.strategies.first_step import FirstStep
 from lightning_phantom.strategies.launch import PhantomLauncher
@@ -130,8 +128,7 @@ class SplitStrategy(RunningStrategy):
         super().setup_environment()
         self._mesh = make_mesh(self._settle_sizes(), self._timeout)
         self._agree_on_seed()
-        module = self.lightning_module
-        assert module is not None
+        module = self._module
         config = self.config
         if is_overridden("configure_model", module) and config.plan is not None:
             names = [name for name, _ in module.named_modules()]
@@ -142,32 +139,18 @@ class SplitStrategy(RunningStrategy):
         self._swap(config)
 
     def setup(self, trainer: L.Trainer) -> None:
-        """Swap what `configure_model` made, move and align the model, make averages and optimizers."""
-        module = self.lightning_module
-        assert self.accelerator is not None and self.model is not None and module is not None
+        """Swap what hooks have made, move and align the model, make averages and optimizers."""
+        module = self._module
+        assert self.accelerator is not None and self.model is not None
         fitting = trainer.state.fn == TrainerFn.FITTING
         self.accelerator.setup(trainer)
-        # Before anything looks at the module's parameters.
-        early = split_layers(module)
-        self._swap(self.config)
-        check_trainer(trainer, self.mesh.phantom.size, swapped_late=split_layers(module) != early)
-        if not split_layers(module):
-            raise nothing_qualifies(module, self._plan(module, self.config))
-        materialise(module, self.root_device)
+        self._complete(module)
         if fitting and self._layer_sync and self.world_size > 1:
             self.model = self._layer_sync.apply(self.model)
-        layers = split_layers(module)
-        self.model = self.precision_plugin.convert_module(self.model)
-        if split_layers(module) != layers:
-            raise PhantomError(
-                f"{type(self.precision_plugin).__name__} has put layers of its own where the {self.layer_kind} layers "
-                f"were; it replaces linear layers, which {self.layer_kind} layers are not in its sense. Use a plain "
-                f"precision."
-            )
         # Now that every parameter is the one that will be trained, and where.
         self.model_to_device()
         self._sharded = sharded_parameters(module)
-        self._align_replicated()
+        align_replicated(module)
         if fitting:
             if self.world_size > 1:
                 self.configure_ddp()
@@ -187,6 +170,28 @@ class SplitStrategy(RunningStrategy):
             agree_on_inf(scaler, self.mesh.world)
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Swap what hooks have made, `on_load_checkpoint` the last of them, and load the weights."""
+        self._complete(self._module)
+        super().load_model_state_dict(checkpoint, strict)
+
+    def _complete(self, module: L.LightningModule) -> None:
+        """Make every parameter the one that will be trained: swapped, with a value, in the run's precision."""
+        early = split_layers(module)
+        self._swap(self.config)
+        layers = split_layers(module)
+        check_trainer(module.trainer, self.mesh.phantom.size, swapped_late=layers != early)
+        if not layers:
+            raise nothing_qualifies(module, self._plan(module, self.config))
+        materialise(module, self.root_device)
+        self.precision_plugin.convert_module(module)
+        if split_layers(module) != layers:
+            raise PhantomError(
+                f"{type(self.precision_plugin).__name__} has put layers of its own where the {self.layer_kind} layers "
+                f"were; it replaces linear layers, which {self.layer_kind} layers are not in its sense. Use a plain "
+                f"precision."
+            )
 
     def teardown(self) -> None:
         """Give the precision plugin back as it was, and end the run."""
@@ -213,21 +218,12 @@ class SplitStrategy(RunningStrategy):
 
     def _swap(self, config: Any) -> None:
         """Swap what qualifies and is not swapped yet."""
-        module = self.lightning_module
-        assert module is not None
+        module = self._module
         for name, layer in split_layers(module).items():
             self._check_layer(name, layer, config)
         if self._swapper is None or self._swapper.module is not module:
             self._swapper = Swapper(module, self._plan)
         self._swapper.swap(config, self.mesh)
-
-    @torch.no_grad()
-    def _align_replicated(self) -> None:
-        """Give every rank global rank 0's replicated parameters and buffers; shards are each rank's own."""
-        assert self.lightning_module is not None
-        for tensor in (*self.lightning_module.parameters(), *self.lightning_module.buffers()):
-            if id(tensor) not in self._sharded:
-                tensor.copy_(broadcast(tensor, dist.group.WORLD))
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

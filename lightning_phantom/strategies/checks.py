@@ -33,8 +33,8 @@ def check_trainer(trainer: L.Trainer, ranks: int, swapped_late: bool) -> None:
             )
         if swapped_late and getattr(callback, "_average_model", None) is not None:
             raise PhantomError(
-                f"{type(callback).__name__} copied the model before the layers that configure_model makes were "
-                f"swapped. Make them in __init__, or leave the callback out."
+                f"{type(callback).__name__} copied the model before all of its layers were swapped: hooks have made "
+                f"some since (setup, configure_model, on_load_checkpoint). Make them in __init__, or leave it out."
             )
     for logger in trainer.loggers:
         if ranks > 1 and getattr(logger, "_log_graph", False):

@@ -35,8 +35,7 @@ class PhantomStrategy(SplitStrategy):
         init: how the layers start, see `PhantomConfig`.
         state_dict_type: how checkpoints are saved: `"full"`, one file with dense weights that any strategy can load, or
             `"sharded"`, a directory to which every rank writes its share. Either kind is loaded.
-        weights_only: passed to `torch.load` when a checkpoint is resumed (`Trainer.fit(weights_only=...)` does not
-            reach a strategy that restores after setup).
+        weights_only: passed to `torch.load` when a checkpoint is resumed, unless `Trainer.fit(weights_only=...)` is.
         check_replicas: compare the replicated parameters of all ranks in the first steps and every 1000, and the first
             batches of a prediction, which the ranks of a group share. `"auto"` and True check, False does not.
         timeout: how long a collective waits for a rank before it gives up; at least a minute on busy machines.
@@ -98,8 +97,9 @@ class PhantomStrategy(SplitStrategy):
 
     @property
     def config(self) -> PhantomConfig:
-        """What is asked for, with the number of blocks and the seed settled."""
-        assert self._sizes is not None and self._seed is not None
+        """What is asked for, with the number of blocks and the seed settled; from the first run on."""
+        if self._sizes is None or self._seed is None:
+            raise PhantomError("the number of blocks and the seed are settled at the start of the Trainer's first run.")
         return replace(self._request, num_blocks=self._sizes.num_blocks, seed=self._seed)
 
     @property

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lightning_phantom.distributed.gradients import ShardAverage, clip_grad_norm_
-from lightning_phantom.distributed.mesh import Mesh
 from lightning_phantom.distributed.replicas import ReplicaCheck
 from lightning_phantom.distributed.shards import Split
-from lightning_phantom.errors import PhantomError
+from lightning_phantom.strategies.agree import average_shards, has_replicated
 from lightning_phantom.strategies.first_step import FirstStep
 from lightning_phantom.strategies.saving import CheckpointingStrategy
 
@@ -33,18 +31,15 @@ class RunningStrategy(CheckpointingStrategy):
         super().__init__(*args, **kwargs)
         self._check_replicas = check_replicas
         self._check: ReplicaCheck | None = None
-        self._mesh: Mesh | None = None
         self._sharded: dict[int, Split] = {}
         self._frozen: list[nn.Parameter] = []
         self._average: ShardAverage | None = None
         self._first_step: FirstStep | None = None
 
-    @property
-    def mesh(self) -> Mesh:  # type: ignore[override]
-        """This rank's groups, once the processes have found each other."""
-        if self._mesh is None:
-            raise PhantomError("the ranks have not met yet: groups exist from the Trainer's first run on.")
-        return self._mesh
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has, in a pickle or not: the next run finds its ranks, and what they do together, anew."""
+        of_this_run = dict.fromkeys(("_mesh", "_check", "_average", "_first_step"))
+        return {**super().__getstate__(), **of_this_run, "_sharded": {}, "_frozen": []}
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -63,17 +58,12 @@ class RunningStrategy(CheckpointingStrategy):
 
     def configure_ddp(self) -> None:
         """Average gradients: replicated parameters' over all ranks, shards' over the groups."""
-        module = self.lightning_module
-        assert module is not None
+        module = self._module
         self._frozen = [p for p in module.parameters() if not p.requires_grad]
-        shards = {name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in self._sharded}
         if self._average is not None:
             self._average.remove()
-        if self.mesh.data_parallel.size > 1:
-            held = dict(module.named_parameters(remove_duplicate=False))
-            self._average = ShardAverage(dict.fromkeys(held[name] for name in shards), self.mesh.data_parallel)
-        if any(p.requires_grad and id(p) not in self._sharded for p in module.parameters()):
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(shards))
+        self._average = average_shards(module, self.mesh)
+        if has_replicated(module):
             super().configure_ddp()
 
     @contextmanager
@@ -104,8 +94,7 @@ class RunningStrategy(CheckpointingStrategy):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's step, and check that ranks which must agree do."""
-        module = self.lightning_module
-        assert module is not None
+        module = self._module
         if any(p.requires_grad for p in self._frozen):
             # A finetuning callback has unfrozen what was found frozen and would not be averaged.
             self.model = module

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
+import lightning as L
 import torch
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from lightning.fabric.utilities.types import _Stateful
@@ -14,9 +15,12 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_phantom.checkpoints.files import AtomicCheckpointIO
 from lightning_phantom.checkpoints.format import SavedGenerators, generators_of, is_converted
+from lightning_phantom.checkpoints.full import StandIns, stand_ins
 from lightning_phantom.checkpoints.rng import rng_states, set_rng_states
 from lightning_phantom.checkpoints.store import Store
 from lightning_phantom.distributed.mesh import Mesh
+from lightning_phantom.errors import CheckpointError, PhantomError
+from lightning_phantom.layers.split import split_layers
 
 
 class CheckpointingStrategy(DDPStrategy):
@@ -30,25 +34,33 @@ class CheckpointingStrategy(DDPStrategy):
     """
 
     layer_kind: str
-    mesh: Mesh
 
     def __init__(self, state_dict_type: str, weights_only: bool | None, checkpoint_io: Any, **kwargs: Any) -> None:
         super().__init__(checkpoint_io=checkpoint_io or AtomicCheckpointIO(), **kwargs)
+        self._mesh: Mesh | None = None
         self._state_dict_type = state_dict_type
         self._weights_only = weights_only
+        self._as_read: StandIns = {}
         self._resumed_rng: SavedGenerators | None = None
         self._restored_rng = False  # in this fit
         self._resumed_loaders: list[dict[str, Any]] = []
 
     @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """Layers must be swapped before their weights arrive."""
-        return True
+    def mesh(self) -> Mesh:
+        """This rank's groups, once the processes have found each other."""
+        if self._mesh is None:
+            raise PhantomError("the ranks have not met yet: groups exist from the Trainer's first run on.")
+        return self._mesh
+
+    @property
+    def _module(self) -> L.LightningModule:
+        if self.lightning_module is None:
+            raise PhantomError("no module is connected to the strategy: a Trainer's run does that.")
+        return self.lightning_module
 
     @property
     def _store(self) -> Store:
-        assert self.lightning_module is not None
-        return Store(self.lightning_module, self.optimizers, self.mesh, self.root_device, self.checkpoint_io)
+        return Store(self._module, self.optimizers, self.mesh, self.root_device, self.checkpoint_io)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save as one file or as a directory; every rank calls it.
@@ -56,8 +68,11 @@ class CheckpointingStrategy(DDPStrategy):
         Raises:
             CheckpointError: on every rank, when one could not write. What was there before is still there.
         """
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
+        module = self._module
+        if not split_layers(module):
+            super().save_checkpoint(checkpoint, filepath, storage_options)  # before any run all that there is is dense
+            return
+        trainer = module.trainer
         if trainer.interrupted and self.world_size > 1:
             rank_zero_warn(
                 f"{filepath} was not saved: a checkpoint is put together by all ranks, and after an exception the "
@@ -70,18 +85,34 @@ class CheckpointingStrategy(DDPStrategy):
         self._store.save(checkpoint, filepath, self._state_dict_type, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read this rank's share of either kind of checkpoint, or a dense one, and check it before weights change.
+        """Read either kind of checkpoint, or a dense one, for the module's `on_load_checkpoint` to see.
 
         Raises:
-            CheckpointError: it is damaged, incomplete, foreign, or of another model.
+            CheckpointError: it is damaged, incomplete or foreign.
         """
-        assert self.lightning_module is not None
-        loaded = self._store.load(checkpoint_path, self._weights_only if weights_only is None else weights_only)
-        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+        loaded = self._store.read(checkpoint_path, self._weights_only if weights_only is None else weights_only)
+        if "state_dict" not in loaded:
+            raise CheckpointError(f"{checkpoint_path}: this is not a Lightning checkpoint: it has no 'state_dict'.")
+        self._as_read = stand_ins(loaded)
+        if self._module.trainer.state.fn == TrainerFn.FITTING:
             self._resumed_rng = generators_of(loaded)
             if self._resumed_rng is not None and not self._resumed_rng.mid_epoch:
-                self._resumed_loaders = list(loaded["loops"]["fit_loop"]["state_dict"].get("combined_loader", []))
+                fit_loop = loaded.get("loops", {}).get("fit_loop", {})
+                self._resumed_loaders = list(fit_loop.get("state_dict", {}).get("combined_loader", []))
         return loaded
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load this rank's share of the weights, and leave its share of what callbacks will ask for.
+
+        Raises:
+            CheckpointError: it is of another model; no weight has changed.
+        """
+        fitting = self._store.fit(checkpoint, self._as_read)
+        self._as_read = {}
+        everyones = cast(dict[str, Any], checkpoint)  # callbacks are given the same dict next
+        everyones.clear()
+        everyones.update(fitting)
+        super().load_model_state_dict(checkpoint, strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load this rank's share of the optimizer states.
@@ -117,7 +148,7 @@ class CheckpointingStrategy(DDPStrategy):
                 progress: Any = self.lightning_module.trainer.fit_loop.epoch_progress.current
                 set_epoch(progress.processed)
             if not self._resumed_rng.mid_epoch:
-                self._restore_rng()
+                self._restore_rng(self._resumed_rng)
         return super().process_dataloader(dataloader)
 
     def on_train_start(self) -> None:
@@ -126,15 +157,14 @@ class CheckpointingStrategy(DDPStrategy):
         Until here, as under DDP, all ranks have drawn alike: what users split at random is split alike.
         """
         if self._resumed_rng is not None:
-            self._restore_rng()
+            self._restore_rng(self._resumed_rng)
         if not self._restored_rng and self.world_size > 1:
             torch.manual_seed(torch.initial_seed() + self.global_rank)
         self._restored_rng = False
         super().on_train_start()
 
-    def _restore_rng(self) -> None:
-        assert self._resumed_rng is not None
-        saved, self._resumed_rng = self._resumed_rng, None
+    def _restore_rng(self, saved: SavedGenerators) -> None:
+        self._resumed_rng = None
         self._restored_rng = self._store.restore_generators(saved)
         if not self._restored_rng:
             rank_zero_info(

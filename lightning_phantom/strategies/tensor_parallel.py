@@ -35,8 +35,7 @@ class TensorParallelStrategy(SplitStrategy):
             scattered after each; or `"layerwise"`, column-parallel layers that gather their input.
         state_dict_type: how checkpoints are saved: `"full"`, one file with dense weights that any strategy can load, or
             `"sharded"`, a directory to which every rank writes its share. Either kind is loaded.
-        weights_only: passed to `torch.load` when a checkpoint is resumed (`Trainer.fit(weights_only=...)` does not
-            reach a strategy that restores after setup).
+        weights_only: passed to `torch.load` when a checkpoint is resumed, unless `Trainer.fit(weights_only=...)` is.
         check_replicas: compare the replicated parameters of all ranks in the first steps and every 1000, and the first
             batches of a prediction, which the ranks of a group share. `"auto"` and True check, False does not.
         process_group_backend: `"nccl"`, `"gloo"`; None chooses by device.
@@ -95,8 +94,9 @@ class TensorParallelStrategy(SplitStrategy):
 
     @property
     def config(self) -> TensorParallelConfig:
-        """What is asked for, with the number of ranks and the seed settled."""
-        assert self._seed is not None
+        """What is asked for, with the number of ranks and the seed settled; from the first run on."""
+        if self._seed is None:
+            raise PhantomError("the number of ranks and the seed are settled at the start of the Trainer's first run.")
         return replace(self._request, num_ranks=self.tensor_parallel_size, seed=self._seed)
 
     @property

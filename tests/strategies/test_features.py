@@ -1099,7 +1099,7 @@ class Late(Net):
     ],
 )
 def test_averages_of_late_layers_are_refused(callback):
-    with pytest.raises(PhantomError, match=r"Averaging copied the model before the layers that configure_model makes"):
+    with pytest.raises(PhantomError, match=r"Averaging copied the model before all of its layers"):
         train(Late, callbacks=[callback()])
 
 
