@@ -7,15 +7,14 @@ from argparse import SUPPRESS
 from collections.abc import Sequence
 from typing import Any
 
-import lightning as L
 from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.framework import cli, pl
 from lightning_phantom.strategies.phantom import PhantomStrategy
 
 
-class Recipe(LightningCLI):
+class Recipe(cli.LightningCLI):
     """A parsed config: nothing is made until it is asked for.
 
     Args:
@@ -29,7 +28,7 @@ class Recipe(LightningCLI):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
             super().__init__(
-                L.LightningModule,
+                pl.LightningModule,
                 None,  # any data, or none: a module may bring its own
                 subclass_mode_model=True,
                 save_config_callback=None,
@@ -38,7 +37,7 @@ class Recipe(LightningCLI):
                 run=False,
             )
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+    def add_arguments_to_parser(self, parser: cli.LightningArgumentParser) -> None:
         """Let the config hold what `fit` saves beside it, which counts for nothing here."""
         for name in ("ckpt_path", "weights_only"):
             parser.add_argument(f"--{name}", type=Any, help=SUPPRESS)
@@ -49,23 +48,23 @@ class Recipe(LightningCLI):
     def instantiate_classes(self) -> None:
         """Make nothing yet."""
 
-    def make_module(self) -> L.LightningModule:
+    def make_module(self) -> pl.LightningModule:
         """A fresh module."""
         if self.config.get("model") is None:
             raise PhantomError("the config names no model: give --config run.yaml with a `model:` in it.")
         return self._make("model")
 
-    def make_data(self) -> L.LightningDataModule | None:
+    def make_data(self) -> pl.LightningDataModule | None:
         """Fresh data, or None where the module brings its own."""
         return None if self.config.get("data") is None else self._make("data")
 
-    def make_trainer(self, **changes: Any) -> L.Trainer:
+    def make_trainer(self, **changes: Any) -> pl.Trainer:
         """A Trainer with the config's settings, but for `changes`."""
         settings = self.config.trainer.clone()
         for name in changes:
             settings[name] = None  # not made in vain
         made = self.parser.instantiate_classes(Namespace(trainer=settings))["trainer"]
-        return L.Trainer(**{**made, **changes})
+        return pl.Trainer(**{**made, **changes})
 
     def phantom_arguments(self, **chosen: Any) -> dict[str, Any]:
         """Arguments of PhantomStrategy: those `chosen`, and for what is None there the config's, if it names it."""

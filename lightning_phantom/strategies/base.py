@@ -11,12 +11,8 @@ from datetime import timedelta
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_phantom.config import is_int
@@ -25,6 +21,7 @@ from lightning_phantom.distributed.gradients import agree_on_inf
 from lightning_phantom.distributed.mesh import Sizes, make_mesh
 from lightning_phantom.distributed.replicas import ReplicaCheck
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.framework import fabric, pl
 from lightning_phantom.layers.split import SplitLinear, sharded_parameters, split_layers
 from lightning_phantom.plan.record import Plan
 from lightning_phantom.strategies.agree import Swapper
@@ -89,6 +86,10 @@ class SplitStrategy(RunningStrategy):
         self._seed: int | None = None
         self._swapper: Swapper | None = None
 
+    def __repr__(self) -> str:
+        # What the other Lightning's Trainer says when it refuses the object.
+        return f"<{type(self).__name__} of {pl.__name__} (Lightning's two names do not mix: import one of them alone)>"
+
     # What the two strategies differ in
 
     @abstractmethod
@@ -133,7 +134,7 @@ class SplitStrategy(RunningStrategy):
         module = self.lightning_module
         assert module is not None
         config = self.config
-        if is_overridden("configure_model", module) and config.plan is not None:
+        if pl.utilities.model_helpers.is_overridden("configure_model", module) and config.plan is not None:
             names = [name for name, _ in module.named_modules()]
             present = {g: w for g, w in config.plan.items() if any(fnmatchcase(name, g) for name in names)}
             if not present:
@@ -141,11 +142,11 @@ class SplitStrategy(RunningStrategy):
             config = replace(config, plan=present)
         self._swap(config)
 
-    def setup(self, trainer: L.Trainer) -> None:
+    def setup(self, trainer: pl.Trainer) -> None:
         """Swap what `configure_model` made, move and align the model, make averages and optimizers."""
         module = self.lightning_module
         assert self.accelerator is not None and self.model is not None and module is not None
-        fitting = trainer.state.fn == TrainerFn.FITTING
+        fitting = trainer.state.fn == pl.trainer.states.TrainerFn.FITTING
         self.accelerator.setup(trainer)
         # Before anything looks at the module's parameters.
         early = split_layers(module)
@@ -186,7 +187,7 @@ class SplitStrategy(RunningStrategy):
         if scaler is not None:
             agree_on_inf(scaler, self.mesh.world)
         if fitting:
-            _optimizers_to_device(self.optimizers, self.root_device)
+            fabric.utilities.optimizer._optimizers_to_device(self.optimizers, self.root_device)
 
     def teardown(self) -> None:
         """Give the precision plugin back as it was, and end the run."""
@@ -228,9 +229,3 @@ class SplitStrategy(RunningStrategy):
         for tensor in (*self.lightning_module.parameters(), *self.lightning_module.buffers()):
             if id(tensor) not in self._sharded:
                 tensor.copy_(broadcast(tensor, dist.group.WORLD))
-
-    @classmethod
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        """Make the strategy known by name."""
-        if cls.strategy_name not in strategy_registry:
-            strategy_registry.register(cls.strategy_name, cls, description=(cls.__doc__ or "").splitlines()[0])

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import lightning as L
-from lightning.pytorch.callbacks import ModelPruning
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.framework import pl
 from lightning_phantom.layers.split import split_layers
 
 
-def check_trainer(trainer: L.Trainer, ranks: int, swapped_late: bool) -> None:
+def check_trainer(trainer: pl.Trainer, ranks: int, swapped_late: bool) -> None:
     """Look for callbacks and loggers that do not go with phantom layers.
 
     Args:
@@ -26,7 +25,7 @@ def check_trainer(trainer: L.Trainer, ranks: int, swapped_late: bool) -> None:
         PhantomError: naming the one that would give wrong weights, or wait for ranks that never come.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelPruning):
+        if isinstance(callback, pl.callbacks.ModelPruning):
             raise PhantomError(
                 "ModelPruning would prune each rank's share of a layer as if it were the whole weight. Leave it out, "
                 "and prune the dense module after training (densify)."

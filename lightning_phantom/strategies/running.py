@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +15,7 @@ from lightning_phantom.distributed.mesh import Mesh
 from lightning_phantom.distributed.replicas import ReplicaCheck
 from lightning_phantom.distributed.shards import Split
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.framework import pl
 from lightning_phantom.strategies.first_step import FirstStep
 from lightning_phantom.strategies.saving import CheckpointingStrategy
 
@@ -57,7 +57,7 @@ class RunningStrategy(CheckpointingStrategy):
     @property
     def _predicting(self) -> bool:
         module = self.lightning_module
-        return module is not None and module.trainer.state.fn == TrainerFn.PREDICTING
+        return module is not None and module.trainer.state.fn == pl.trainer.states.TrainerFn.PREDICTING
 
     # Gradients
 

@@ -6,10 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.optimizer import _optimizer_to_device
-from lightning.fabric.utilities.types import _Stateful
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_phantom.checkpoints.files import AtomicCheckpointIO
@@ -17,9 +13,10 @@ from lightning_phantom.checkpoints.format import SavedGenerators, generators_of,
 from lightning_phantom.checkpoints.rng import rng_states, set_rng_states
 from lightning_phantom.checkpoints.store import Store
 from lightning_phantom.distributed.mesh import Mesh
+from lightning_phantom.framework import fabric, pl
 
 
-class CheckpointingStrategy(DDPStrategy):
+class CheckpointingStrategy(pl.strategies.DDPStrategy):
     """A DDPStrategy whose model is spread over ranks, but whose checkpoints are the user's.
 
     Args:
@@ -64,7 +61,7 @@ class CheckpointingStrategy(DDPStrategy):
                 f"others may be gone. The newest checkpoint before it is whole."
             )
             return
-        if trainer.state.fn == TrainerFn.FITTING:
+        if trainer.state.fn == pl.trainer.states.TrainerFn.FITTING:
             mid_epoch = not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
             checkpoint = self._store.with_generators(checkpoint, mid_epoch)
         self._store.save(checkpoint, filepath, self._state_dict_type, storage_options)
@@ -77,7 +74,7 @@ class CheckpointingStrategy(DDPStrategy):
         """
         assert self.lightning_module is not None
         loaded = self._store.load(checkpoint_path, self._weights_only if weights_only is None else weights_only)
-        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+        if self.lightning_module.trainer.state.fn == pl.trainer.states.TrainerFn.FITTING:
             self._resumed_rng = generators_of(loaded)
             if self._resumed_rng is not None and not self._resumed_rng.mid_epoch:
                 self._resumed_loaders = list(loaded["loops"]["fit_loop"]["state_dict"].get("combined_loader", []))
@@ -98,14 +95,14 @@ class CheckpointingStrategy(DDPStrategy):
         states = self._store.optimizer_states(checkpoint)
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
-            _optimizer_to_device(optimizer, self.root_device)
+            fabric.utilities.optimizer._optimizer_to_device(optimizer, self.root_device)
 
     # Generators: a fit saved at the end of an epoch goes on before the next epoch's iterator draws its seed, one saved
     # within an epoch after the iterator is back at its place.
 
     def process_dataloader(self, dataloader: object) -> object:
         """Restore generators and epoch before the first iterator of a resumed fit is made: workers read ahead."""
-        if self._resumed_loaders and isinstance(dataloader, _Stateful):
+        if self._resumed_loaders and isinstance(dataloader, fabric.utilities.types._Stateful):
             # Lightning restores them within an epoch only. The next iterator goes on from the one that is put back.
             before = rng_states()
             dataloader.load_state_dict(self._resumed_loaders.pop(0))

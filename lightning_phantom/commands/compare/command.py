@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from lightning_phantom.commands.compare import options
@@ -32,6 +31,7 @@ from lightning_phantom.commands.compare.trial import Length, run_trial
 from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.commands.terminal import progress
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.framework import pl
 from lightning_phantom.strategies.phantom import PhantomStrategy
 from lightning_phantom.strategies.tensor_parallel import TensorParallelStrategy
 
@@ -183,7 +183,7 @@ class Comparison:
         averaging = {name: given[name] for name in ("find_unused_parameters",) if name in given}
         prepare: Any = None
         if method in options.DENSE:
-            strategy: Any = DDPStrategy(**averaging)
+            strategy: Any = pl.strategies.DDPStrategy(**averaging)
         elif method == "torch":
             strategy = SharedBatches(data_parallel_size=1, tensor_parallel_size=size)
             prepare = parallelise_with_torch

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from lightning_phantom.config import TensorParallelConfig
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.framework import pl
 from lightning_phantom.plan.finder import plan_tensor_parallel
 from lightning_phantom.plan.record import Plan
 
@@ -20,7 +20,7 @@ STYLES: dict[str, Literal["megatron", "layerwise"]] = {
 }
 
 
-class SharedBatches(ModelParallelStrategy):
+class SharedBatches(pl.strategies.ModelParallelStrategy):
     """Torch's own tensor parallelism, whose ranks all read what ranks with batches of their own read together."""
 
     def process_dataloader(self, dataloader: object) -> object:
