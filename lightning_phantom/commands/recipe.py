@@ -9,9 +9,11 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from lightning_phantom.config import num_blocks_of_environment
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.framework import cli, pl
 from lightning_phantom.strategies.phantom import PhantomStrategy
+from lightning_phantom_autoload import NAMES
 
 
 class Recipe(cli.LightningCLI):
@@ -67,11 +69,16 @@ class Recipe(cli.LightningCLI):
         return pl.Trainer(**{**made, **changes})
 
     def phantom_arguments(self, **chosen: Any) -> dict[str, Any]:
-        """Arguments of PhantomStrategy: those `chosen`, and for what is None there the config's, if it names it."""
+        """Arguments of PhantomStrategy: those `chosen`, for what is None there the config's, then the environment's."""
         strategy, given = self.config.trainer.strategy, {}
         if isinstance(strategy, Namespace) and strategy.class_path.rpartition(".")[2] == PhantomStrategy.__name__:
             given = {**strategy.get("init_args", {}), **strategy.get("dict_kwargs", {})}
-        return {name: value for name, value in (*given.items(), *chosen.items()) if value is not None}
+        elif isinstance(strategy, str) and strategy in NAMES:
+            given = dict(NAMES[strategy][1])
+        settled = {name: value for name, value in (*given.items(), *chosen.items()) if value is not None}
+        if "num_blocks" not in settled and (blocks := num_blocks_of_environment()) is not None:
+            settled["num_blocks"] = blocks
+        return settled
 
     @property
     def seed(self) -> int:

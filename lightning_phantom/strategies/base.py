@@ -25,7 +25,7 @@ from lightning_phantom.framework import fabric, pl
 from lightning_phantom.layers.split import SplitLinear, sharded_parameters, split_layers
 from lightning_phantom.plan.record import Plan
 from lightning_phantom.strategies.agree import Swapper
-from lightning_phantom.strategies.checks import check_optimizers, check_trainer, check_update_rules
+from lightning_phantom.strategies.checks import check_arguments, check_optimizers, check_trainer, check_update_rules
 from lightning_phantom.strategies.first_step import FirstStep
 from lightning_phantom.strategies.launch import PhantomLauncher
 from lightning_phantom.strategies.materialise import materialise
@@ -66,6 +66,7 @@ class SplitStrategy(RunningStrategy):
         checkpoint_io: Any,
         **kwargs: Any,
     ) -> None:
+        check_arguments(type(self), kwargs)
         for refused, why in (
             ("start_method", "ranks must be started as processes of their own ('popen' or torchrun)"),
             ("ddp_comm_state", "post-local SGD averages whole models"),

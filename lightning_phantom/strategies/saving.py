@@ -30,12 +30,25 @@ class CheckpointingStrategy(pl.strategies.DDPStrategy):
     mesh: Mesh
 
     def __init__(self, state_dict_type: str, weights_only: bool | None, checkpoint_io: Any, **kwargs: Any) -> None:
-        super().__init__(checkpoint_io=checkpoint_io or AtomicCheckpointIO(), **kwargs)
+        super().__init__(checkpoint_io=checkpoint_io, **kwargs)
         self._state_dict_type = state_dict_type
         self._weights_only = weights_only
         self._resumed_rng: SavedGenerators | None = None
         self._restored_rng = False  # in this fit
         self._resumed_loaders: list[dict[str, Any]] = []
+
+    @property
+    def checkpoint_io(self) -> Any:
+        """What reads and writes files: ours, or the user's; one of those that wrap another wraps ours."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = AtomicCheckpointIO()
+        elif isinstance(self._checkpoint_io, pl.plugins.io.wrapper._WrappingCheckpointIO):  # type: ignore[attr-defined]
+            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()  # it keeps what it wraps already
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: Any) -> None:
+        self._checkpoint_io = io
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
