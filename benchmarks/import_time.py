@@ -13,7 +13,7 @@ import sys
 CODE = """
 import time
 begin = time.perf_counter(); import lightning.pytorch
-middle = time.perf_counter(); import lightning_phantom
+middle = time.perf_counter(); import lightning_phantom; lightning_phantom.PhantomStrategy
 print(middle - begin, time.perf_counter() - middle)
 """
 

@@ -1,10 +1,13 @@
 """Phantom parallelism for PyTorch Lightning: `import lightning_phantom`, then `Trainer(strategy="phantom")`.
 
-Importing the package registers `"phantom"` and `"tensor_parallel"`. It imports no codecarbon and touches no device.
+Importing the package makes `"phantom"` and `"tensor_parallel"` known to Lightning, by whichever of its names a program
+imports it (`framework`). It imports neither Lightning nor torch: the public names do, when they are first used.
 
-The wings, each on those before it (`energy` on `errors` alone); every wing's own `__init__` says what lies in it:
+The wings, each on those before it (`energy` on `errors` and `framework` alone); every wing's own `__init__` says what
+lies in it:
 
     errors, config  what is refused, what is asked for
+    framework       Lightning, by the name that the program uses; no other file imports it
     distributed     the ranks: groups, collectives, gradients, replicas
     cost            arithmetic: what a layer costs by each method, counted and predicted
     layers          the algebra: phantom, tensor-parallel, and the protocol that both follow
@@ -18,16 +21,20 @@ The wings, each on those before it (`energy` on `errors` alone); every wing's ow
     energy          what a fit costs in joules
 """
 
-from lightning.pytorch.strategies import StrategyRegistry
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from lightning_phantom.config import PhantomConfig
-from lightning_phantom.cost import estimate_cost
-from lightning_phantom.energy import EnergyMonitor
-from lightning_phantom.layers.phantom import PhantomLinear
-from lightning_phantom.plan.finder import plan_phantom
-from lightning_phantom.strategies.phantom import PhantomStrategy
-from lightning_phantom.strategies.tensor_parallel import TensorParallelStrategy
-from lightning_phantom.swap import densify, phantomize_
+import lightning_phantom_autoload
+
+if TYPE_CHECKING:
+    from lightning_phantom.config import PhantomConfig
+    from lightning_phantom.cost import estimate_cost
+    from lightning_phantom.energy import EnergyMonitor
+    from lightning_phantom.layers.phantom import PhantomLinear
+    from lightning_phantom.plan.finder import plan_phantom
+    from lightning_phantom.strategies.phantom import PhantomStrategy
+    from lightning_phantom.strategies.tensor_parallel import TensorParallelStrategy
+    from lightning_phantom.swap import densify, phantomize_
 
 __version__ = "0.1.0"
 
@@ -43,5 +50,27 @@ __all__ = [
     "plan_phantom",
 ]
 
-PhantomStrategy.register_strategies(StrategyRegistry)
-TensorParallelStrategy.register_strategies(StrategyRegistry)
+_MODULES = {
+    "EnergyMonitor": "energy",
+    "PhantomConfig": "config",
+    "PhantomLinear": "layers.phantom",
+    "PhantomStrategy": "strategies.phantom",
+    "TensorParallelStrategy": "strategies.tensor_parallel",
+    "densify": "swap",
+    "estimate_cost": "cost",
+    "phantomize_": "swap",
+    "plan_phantom": "plan.finder",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+lightning_phantom_autoload.register()

@@ -1,6 +1,7 @@
 """What a user asks for, checked when it is written down rather than when it first hurts."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -138,6 +139,18 @@ def resolve_phantom_width(phantom_width: int | float, in_features: int, out_feat
     if isinstance(phantom_width, Integral):
         return min(int(phantom_width), k_max)
     return min(max(1, math.floor(phantom_width * min(in_features, out_features) / num_blocks)), k_max)
+
+
+def num_blocks_of_environment() -> int | None:
+    """P as `PHANTOM_NUM_BLOCKS` says, for who can give no num_blocks; None where it is not set.
+
+    Raises:
+        PhantomError: it is no number of blocks.
+    """
+    said = os.environ.get("PHANTOM_NUM_BLOCKS")
+    if said is not None and not (said.isdecimal() and int(said) >= 2):
+        raise PhantomError(f"PHANTOM_NUM_BLOCKS={said!r} in the environment: needs an integer of at least 2.")
+    return None if said is None else int(said)
 
 
 def check_phantom_width(phantom_width: object) -> None:

@@ -33,6 +33,9 @@ ATTRIBUTES = {
     **dict.fromkeys(("_is_view", "_is_zerotensor", "_make_wrapper_subclass"), "torch.Tensor"),
     "_C": "torch",
     "_trainer": "lightning.pytorch.LightningModule",
+    "_SubprocessScriptLauncher": "lightning.pytorch.strategies.launchers",
+    **dict.fromkeys(("_optimizer_to_device", "_optimizers_to_device"), "lightning.fabric.utilities.optimizer"),
+    "_Stateful": "lightning.fabric.utilities.types",
     **dict.fromkeys(
         ("_are_functorch_transforms_active", "_current_graph_task_id", "_get_tracing_state", "_nn"), "torch._C"
     ),
@@ -149,10 +152,24 @@ def test_private_imports_exist(module, name):
     assert name is None or hasattr(found, name), f"{module}.{name} is gone"
 
 
+TWINS = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
+
+
+def places(name):
+    """Where a name is: of Lightning's under both of its names."""
+    place = ATTRIBUTES[name]
+    return [place, *(place.replace(one, other) for one, other in TWINS.items() if place.startswith(one))]
+
+
 @pytest.mark.parametrize("name", sorted(set(foreign_attributes()) - OURS))
 def test_private_attributes_exist(name):
     assert name in ATTRIBUTES, f"say in ATTRIBUTES where {name} is"
-    place, owner = ATTRIBUTES[name], None
+    for place in places(name):
+        check_place(place, name)
+
+
+def check_place(place, name):
+    owner = None
     for end in range(place.count(".") + 1):
         module, *attributes = place.rsplit(".", end)
         try:

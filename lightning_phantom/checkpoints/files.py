@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from lightning_phantom.framework import fabric, pl
 
 CHUNK = 2**20  # bytes read at a time
 _HEX = "[0-9a-f]{32}"  # of a UUID
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(pl.plugins.TorchCheckpointIO):
     """Lightning's checkpoint files, but written beside their place, synced to disk and renamed, and checked when read.
 
     Paths that are not local go Lightning's way.
@@ -79,7 +79,7 @@ def check_records(path: Any) -> None:
 
 def is_local(path: Any) -> bool:
     """Whether `path` lies in the local file system."""
-    protocol = get_filesystem(path).protocol
+    protocol = fabric.utilities.cloud_io.get_filesystem(path).protocol
     return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
 
 

@@ -15,11 +15,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-import lightning as L
-from lightning.pytorch.cli import LightningCLI
-
 import lightning_phantom
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.framework import cli, pl
 
 # Commands beside Lightning's own: the module whose main(args) runs each, and what it does.
 COMMANDS = {
@@ -32,7 +30,7 @@ COMMANDS = {
 }
 
 
-class _CLI(LightningCLI):
+class _CLI(cli.LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Make the model as the config says, also with `--ckpt_path`.
 
@@ -59,8 +57,8 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     others = "; ".join(f"{name}: {what}" for name, (_, what) in COMMANDS.items())
     _CLI(
-        L.LightningModule,
-        L.LightningDataModule,
+        pl.LightningModule,
+        pl.LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},

@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import yaml
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_phantom.checkpoints.format import names_of, num_blocks_of
 from lightning_phantom.commands.recipe import Recipe
@@ -28,6 +26,7 @@ from lightning_phantom.conversion.checkpoints import (
 )
 from lightning_phantom.conversion.report import ConversionReport
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.framework import pl
 from lightning_phantom.plan.finder import plan_phantom
 from lightning_phantom.swap import nothing_qualifies
 
@@ -151,7 +150,7 @@ def _convert(options: argparse.Namespace) -> Converted:
     recipe = Recipe([f"--config={path}" for path in options.config], "lightning-phantom convert")
     config = _phantom_config(options, recipe)
     module = recipe.make_module()
-    if is_overridden("configure_model", module):
+    if pl.utilities.model_helpers.is_overridden("configure_model", module):
         module.configure_model()
     plan = plan_phantom(module, config)
     if not plan.swapped:
@@ -176,7 +175,7 @@ def _phantom_config(options: argparse.Namespace, recipe: Recipe) -> PhantomConfi
     return PhantomConfig(**{name: given[name] for name in names if name in given})
 
 
-def _hyper_parameters(module: L.LightningModule) -> dict[str, Any]:
+def _hyper_parameters(module: pl.LightningModule) -> dict[str, Any]:
     """What `load_from_checkpoint` needs, as Lightning saves it; for state dicts that come without."""
     if not module.hparams:
         return {}

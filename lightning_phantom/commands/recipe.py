@@ -7,15 +7,16 @@ from argparse import SUPPRESS
 from collections.abc import Sequence
 from typing import Any
 
-import lightning as L
 from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from lightning_phantom.config import num_blocks_of_environment
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.framework import cli, pl
 from lightning_phantom.strategies.phantom import PhantomStrategy
+from lightning_phantom_autoload import NAMES
 
 
-class Recipe(LightningCLI):
+class Recipe(cli.LightningCLI):
     """A parsed config: nothing is made until it is asked for.
 
     Args:
@@ -29,7 +30,7 @@ class Recipe(LightningCLI):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
             super().__init__(
-                L.LightningModule,
+                pl.LightningModule,
                 None,  # any data, or none: a module may bring its own
                 subclass_mode_model=True,
                 save_config_callback=None,
@@ -38,7 +39,7 @@ class Recipe(LightningCLI):
                 run=False,
             )
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+    def add_arguments_to_parser(self, parser: cli.LightningArgumentParser) -> None:
         """Let the config hold what `fit` saves beside it, which counts for nothing here."""
         for name in ("ckpt_path", "weights_only"):
             parser.add_argument(f"--{name}", type=Any, help=SUPPRESS)
@@ -49,30 +50,35 @@ class Recipe(LightningCLI):
     def instantiate_classes(self) -> None:
         """Make nothing yet."""
 
-    def make_module(self, **changes: Any) -> L.LightningModule:
+    def make_module(self, **changes: Any) -> pl.LightningModule:
         """A fresh module; `changes` take the place of arguments of its own."""
         if self.config.get("model") is None:
             raise PhantomError("the config names no model: give --config run.yaml with a `model:` in it.")
         return self._make("model", **changes)
 
-    def make_data(self) -> L.LightningDataModule | None:
+    def make_data(self) -> pl.LightningDataModule | None:
         """Fresh data, or None where the module brings its own."""
         return None if self.config.get("data") is None else self._make("data")
 
-    def make_trainer(self, **changes: Any) -> L.Trainer:
+    def make_trainer(self, **changes: Any) -> pl.Trainer:
         """A Trainer with the config's settings, but for `changes`."""
         settings = self.config.trainer.clone()
         for name in changes:
             settings[name] = None  # not made in vain
         made = self.parser.instantiate_classes(Namespace(trainer=settings))["trainer"]
-        return L.Trainer(**{**made, **changes})
+        return pl.Trainer(**{**made, **changes})
 
     def phantom_arguments(self, **chosen: Any) -> dict[str, Any]:
-        """Arguments of PhantomStrategy: those `chosen`, and for what is None there the config's, if it names it."""
+        """Arguments of PhantomStrategy: those `chosen`, for what is None there the config's, then the environment's."""
         strategy, given = self.config.trainer.strategy, {}
         if isinstance(strategy, Namespace) and strategy.class_path.rpartition(".")[2] == PhantomStrategy.__name__:
             given = {**strategy.get("init_args", {}), **strategy.get("dict_kwargs", {})}
-        return {name: value for name, value in (*given.items(), *chosen.items()) if value is not None}
+        elif isinstance(strategy, str) and strategy in NAMES:
+            given = dict(NAMES[strategy][1])
+        settled = {name: value for name, value in (*given.items(), *chosen.items()) if value is not None}
+        if "num_blocks" not in settled and (blocks := num_blocks_of_environment()) is not None:
+            settled["num_blocks"] = blocks
+        return settled
 
     @property
     def seed(self) -> int:

@@ -7,11 +7,9 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import lightning as L
-from lightning.pytorch.utilities.model_helpers import is_overridden
-
 from lightning_phantom.conversion.calibrate import Moments, record_inputs
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.framework import pl
 
 
 class CalibrationRun:
@@ -32,13 +30,13 @@ class CalibrationRun:
 
     def __init__(
         self,
-        trainer: L.Trainer,
-        module: L.LightningModule,
-        data: L.LightningDataModule | L.LightningModule,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        data: pl.LightningDataModule | pl.LightningModule,
         num_batches: int,
     ) -> None:
         self.trainer, self.module = trainer, module
-        if not is_overridden("train_dataloader", data):
+        if not pl.utilities.model_helpers.is_overridden("train_dataloader", data):
             raise PhantomError(
                 f"{type(data).__name__} has no train_dataloader to take calibration batches from: name data that has "
                 f"one, as `data:` of the config."
@@ -48,7 +46,7 @@ class CalibrationRun:
         data.setup("fit")
         training = iter(_first_loader(data.train_dataloader()))
         self.fit = list(islice(training, num_batches))
-        others = data.val_dataloader() if is_overridden("val_dataloader", data) else training
+        others = data.val_dataloader() if pl.utilities.model_helpers.is_overridden("val_dataloader", data) else training
         self.held_out = list(islice(_first_loader(others), num_batches))
         if not self.fit or not self.held_out:
             raise PhantomError(
@@ -66,7 +64,7 @@ class CalibrationRun:
 
     def _moments(self, batches: Sequence[Any], names: Sequence[str]) -> Mapping[str, Moments]:
         run: Callable[..., Any] = partial(self.trainer.predict, return_predictions=False)
-        if is_overridden("validation_step", self.module):
+        if pl.utilities.model_helpers.is_overridden("validation_step", self.module):
             run = partial(self.trainer.validate, verbose=False)
         with record_inputs(self.module, names) as moments:
             run(self.module, dataloaders=_Batches(batches))

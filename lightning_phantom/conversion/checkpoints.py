@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +35,7 @@ from lightning_phantom.conversion.report import ConversionReport, ConvertedLayer
 from lightning_phantom.cost.count import phantom_weights
 from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import CheckpointError
+from lightning_phantom.framework import pl
 from lightning_phantom.layers.factors import Blocks, Factors, from_dense, merge, to_dense
 from lightning_phantom.layers.phantom import FACTORS, PhantomLinear
 from lightning_phantom.plan.record import Plan, PlannedLayer
@@ -274,7 +274,8 @@ def _weights_alone(checkpoint: Mapping[str, Any], state: Mapping[str, Any]) -> d
     """A checkpoint from which a fit starts at its first epoch, with what the module itself has put into it."""
     kept = {key: value for key, value in checkpoint.items() if key not in _PROGRESS}
     start = {"epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": []}
-    return {"pytorch-lightning_version": L.__version__, **kept, **start, "state_dict": dict(state)}
+    version = pl.__version__  # type: ignore[attr-defined]
+    return {"pytorch-lightning_version": version, **kept, **start, "state_dict": dict(state)}
 
 
 def _is_phantom(checkpoint: Mapping[str, Any]) -> bool:

@@ -62,7 +62,8 @@ def resolve_sizes(phantom_size: int | str, num_blocks: int | None, devices: int,
     if blocks == 1:
         raise PhantomError(
             "num_blocks=None takes the number of ranks in the phantom group, which is 1 here. Set num_blocks (say "
-            "num_blocks=4: the model is the same on any number of ranks that divides it), or use more devices."
+            "num_blocks=4: the model is the same on any number of ranks that divides it; strategy='phantom_4' and "
+            "PHANTOM_NUM_BLOCKS=4 in the environment say so, too), or use more devices."
         )
     if blocks % ranks:
         raise PhantomError(

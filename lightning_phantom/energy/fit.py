@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.data import extract_batch_size
 
 from lightning_phantom.energy.cards import Card, describe_device, find_cards
 from lightning_phantom.energy.meter import Meter, host_id, tracker_options
 from lightning_phantom.energy.report import Device, Ledger, RankRecord
+from lightning_phantom.framework import pl
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +136,7 @@ class Fit:
         """Count a batch of the steady window."""
         if self.samples is not None:
             try:
-                self.samples += extract_batch_size(batch)
+                self.samples += pl.utilities.data.extract_batch_size(batch)
             except Exception:
                 self.samples = None
 

@@ -15,17 +15,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 
 from lightning_phantom.energy import meter, report, show
 from lightning_phantom.energy.fit import Fit, gather
 from lightning_phantom.energy.report import RankRecord
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.framework import pl
 
 
-class EnergyMonitor(Callback):
+class EnergyMonitor(pl.Callback):
     """Measure the energy of `Trainer.fit`, log it, and report it at the end with how every figure was obtained.
 
     The time of a fit falls into three phases: "train" (within epochs, outside validation), "validation", and "other"

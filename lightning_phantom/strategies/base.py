@@ -11,11 +11,7 @@ from datetime import timedelta
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-import lightning as L
 import torch
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_phantom.config import is_int
@@ -23,10 +19,11 @@ from lightning_phantom.distributed.gradients import agree_on_inf
 from lightning_phantom.distributed.mesh import Sizes, make_mesh
 from lightning_phantom.distributed.replicas import ReplicaCheck
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.framework import fabric, pl
 from lightning_phantom.layers.split import SplitLinear, sharded_parameters, split_layers
 from lightning_phantom.plan.record import Plan
 from lightning_phantom.strategies.agree import Swapper, align_replicated
-from lightning_phantom.strategies.checks import check_optimizers, check_trainer, check_update_rules
+from lightning_phantom.strategies.checks import check_arguments, check_optimizers, check_trainer, check_update_rules
 from lightning_phantom.strategies.first_step import FirstStep
 from lightning_phantom.strategies.launch import PhantomLauncher
 from lightning_phantom.strategies.materialise import materialise
@@ -67,6 +64,7 @@ class SplitStrategy(RunningStrategy):
         checkpoint_io: Any,
         **kwargs: Any,
     ) -> None:
+        check_arguments(type(self), kwargs)
         for refused, why in (
             ("start_method", "ranks must be started as processes of their own ('popen' or torchrun)"),
             ("ddp_comm_state", "post-local SGD averages whole models"),
@@ -86,6 +84,10 @@ class SplitStrategy(RunningStrategy):
         self._size = size
         self._seed: int | None = None
         self._swapper: Swapper | None = None
+
+    def __repr__(self) -> str:
+        # What the other Lightning's Trainer says when it refuses the object.
+        return f"<{type(self).__name__} of {pl.__name__} (Lightning's two names do not mix: import one of them alone)>"
 
     # What the two strategies differ in
 
@@ -130,7 +132,7 @@ class SplitStrategy(RunningStrategy):
         self._agree_on_seed()
         module = self._module
         config = self.config
-        if is_overridden("configure_model", module) and config.plan is not None:
+        if pl.utilities.model_helpers.is_overridden("configure_model", module) and config.plan is not None:
             names = [name for name, _ in module.named_modules()]
             present = {g: w for g, w in config.plan.items() if any(fnmatchcase(name, g) for name in names)}
             if not present:
@@ -138,11 +140,11 @@ class SplitStrategy(RunningStrategy):
             config = replace(config, plan=present)
         self._swap(config)
 
-    def setup(self, trainer: L.Trainer) -> None:
+    def setup(self, trainer: pl.Trainer) -> None:
         """Swap what hooks have made, move and align the model, make averages and optimizers."""
         module = self._module
         assert self.accelerator is not None and self.model is not None
-        fitting = trainer.state.fn == TrainerFn.FITTING
+        fitting = trainer.state.fn == pl.trainer.states.TrainerFn.FITTING
         self.accelerator.setup(trainer)
         self._complete(module)
         if fitting and self._layer_sync and self.world_size > 1:
@@ -169,14 +171,14 @@ class SplitStrategy(RunningStrategy):
         if scaler is not None:
             agree_on_inf(scaler, self.mesh.world)
         if fitting:
-            _optimizers_to_device(self.optimizers, self.root_device)
+            fabric.utilities.optimizer._optimizers_to_device(self.optimizers, self.root_device)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Swap what hooks have made, `on_load_checkpoint` the last of them, and load the weights."""
         self._complete(self._module)
         super().load_model_state_dict(checkpoint, strict)
 
-    def _complete(self, module: L.LightningModule) -> None:
+    def _complete(self, module: pl.LightningModule) -> None:
         """Make every parameter the one that will be trained: swapped, with a value, in the run's precision."""
         early = split_layers(module)
         self._swap(self.config)
@@ -224,9 +226,3 @@ class SplitStrategy(RunningStrategy):
         if self._swapper is None or self._swapper.module is not module:
             self._swapper = Swapper(module, self._plan)
         self._swapper.swap(config, self.mesh)
-
-    @classmethod
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        """Make the strategy known by name."""
-        if cls.strategy_name not in strategy_registry:
-            strategy_registry.register(cls.strategy_name, cls, description=(cls.__doc__ or "").splitlines()[0])

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
-import lightning as L
-from lightning.pytorch.callbacks import ModelPruning
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.framework import pl
 from lightning_phantom.layers.split import split_layers
 
 
-def check_trainer(trainer: L.Trainer, ranks: int, swapped_late: bool) -> None:
+def check_arguments(strategy: type, names: Iterable[str]) -> None:
+    """Raise PhantomError for a keyword that neither a strategy takes nor DDPStrategy or DistributedDataParallel.
+
+    DDPStrategy hands on what it does not know, and DistributedDataParallel is not made where nothing is to average.
+    """
+    takers = (strategy, pl.strategies.DDPStrategy, DistributedDataParallel)
+    known = [name for taker in takers for name in inspect.signature(taker).parameters]
+    for name in names:
+        if name not in known:
+            nearest = "".join(f" Did you mean {match!r}?" for match in get_close_matches(name, known, 1))
+            raise PhantomError(
+                f"{strategy.__name__} has no argument {name!r}, nor have DDPStrategy and DistributedDataParallel, to "
+                f"which it passes others on.{nearest}"
+            )
+
+
+def check_trainer(trainer: pl.Trainer, ranks: int, swapped_late: bool) -> None:
     """Look for callbacks and loggers that do not go with phantom layers.
 
     Args:
@@ -26,7 +44,7 @@ def check_trainer(trainer: L.Trainer, ranks: int, swapped_late: bool) -> None:
         PhantomError: naming the one that would give wrong weights, or wait for ranks that never come.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelPruning):
+        if isinstance(callback, pl.callbacks.ModelPruning):
             raise PhantomError(
                 "ModelPruning would prune each rank's share of a layer as if it were the whole weight. Leave it out, "
                 "and prune the dense module after training (densify)."
@@ -37,7 +55,7 @@ def check_trainer(trainer: L.Trainer, ranks: int, swapped_late: bool) -> None:
                 f"some since (setup, configure_model, on_load_checkpoint). Make them in __init__, or leave it out."
             )
     for logger in trainer.loggers:
-        if ranks > 1 and getattr(logger, "_log_graph", False):
+        if ranks > 1 and getattr(logger, "_log_graph", False) is True:  # a logger may answer to any name
             raise PhantomError(
                 f"{type(logger).__name__}(log_graph=True) runs the model on rank 0 only, which would wait for the "
                 f"other {ranks - 1} ranks of its group; leave log_graph out."

@@ -10,8 +10,6 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.plugins import CheckpointIO
-from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -24,6 +22,7 @@ from lightning_phantom.distributed.gradients import ShardAverage, agree_on_inf, 
 from lightning_phantom.distributed.mesh import Mesh, make_mesh, resolve_sizes
 from lightning_phantom.distributed.shards import Split
 from lightning_phantom.errors import CheckpointError, PhantomError
+from lightning_phantom.framework import fabric
 from lightning_phantom.layers.split import sharded_parameters, split_layers
 from lightning_phantom.plan.finder import plan_phantom
 from lightning_phantom.strategies.agree import Swapper, align_replicated, average_shards, has_replicated
@@ -33,7 +32,7 @@ from lightning_phantom.swap import nothing_qualifies
 _OPTIMIZERS = "optimizer_states"  # where the store looks for them
 
 
-class PhantomFabricStrategy(DDPStrategy):
+class PhantomFabricStrategy(fabric.strategies.ddp.DDPStrategy):
     """`PhantomStrategy` for `lightning.Fabric`: the same layers, gradients, clipping and checkpoints.
 
     `fabric.setup(model, optimizer)` swaps the feed-forward linears, and gives the optimizer their parameters. Every
@@ -87,14 +86,14 @@ class PhantomFabricStrategy(DDPStrategy):
         return self._mesh
 
     @property
-    def checkpoint_io(self) -> CheckpointIO:
+    def checkpoint_io(self) -> fabric.plugins.CheckpointIO:
         """What reads and writes files: Fabric's plugin, or ours, which writes them atomically."""
         if self._checkpoint_io is None:
             self._checkpoint_io = AtomicCheckpointIO()
         return self._checkpoint_io
 
     @checkpoint_io.setter
-    def checkpoint_io(self, io: CheckpointIO) -> None:
+    def checkpoint_io(self, io: fabric.plugins.CheckpointIO) -> None:
         self._checkpoint_io = io
 
     def __getstate__(self) -> dict[str, Any]:

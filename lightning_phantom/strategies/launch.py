@@ -13,8 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning_phantom.framework import pl
 
 GRACE_S = 10.0  # for a rank to end by itself after the one that started it
 _POLL_S = 0.5
@@ -24,7 +23,7 @@ _PR_SET_PDEATHSIG = 1
 log = logging.getLogger(__name__)
 
 
-class PhantomLauncher(_SubprocessScriptLauncher):
+class PhantomLauncher(pl.strategies.launchers._SubprocessScriptLauncher):
     """Lightning's launcher of one process per rank, whose processes end together."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -54,7 +53,7 @@ class PhantomLauncher(_SubprocessScriptLauncher):
             # waiting for this one elsewhere. An exception, as for Ctrl-C, lets no one wait.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             log.error(f"{self._name(self.cluster_environment.local_rank())} ends: it was sent SIGTERM.")
-            raise SIGTERMException(128 + signum)
+            raise pl.utilities.exceptions.SIGTERMException(128 + signum)
 
     def _call_children_scripts(self) -> None:
         os.environ[_LAUNCHER] = str(os.getpid())

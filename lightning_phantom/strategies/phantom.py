@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lightning_phantom.config import PhantomConfig
+from lightning_phantom.config import PhantomConfig, num_blocks_of_environment
 from lightning_phantom.distributed.mesh import Sizes, resolve_sizes
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers.phantom import PhantomLinear
@@ -28,7 +28,7 @@ class PhantomStrategy(SplitStrategy):
     Args:
         phantom_width: k, the features each block sends to the others: an `int`, or a fraction of the block width.
         num_blocks: p, a multiple of R. It belongs to the model: any R that divides it trains the same function.
-            None takes R.
+            None takes the environment's PHANTOM_NUM_BLOCKS, or R. `Trainer(strategy="phantom_4")` has 4.
         phantom_parallel_size: R, which divides the number of ranks. `"auto"`: the devices of a node (or what they have
             in common with num_blocks).
         plan: `{"glob of module name": "phantom" | "skip"}`; None finds the feed-forward networks.
@@ -75,6 +75,8 @@ class PhantomStrategy(SplitStrategy):
         precision_plugin: Any = None,
         **ddp_kwargs: Any,
     ) -> None:
+        if num_blocks is None:
+            num_blocks = num_blocks_of_environment()
         # With the number of blocks still open the rest is checked all the same.
         self._request = PhantomConfig(2 if num_blocks is None else num_blocks, phantom_width, plan, init)
         super().__init__(

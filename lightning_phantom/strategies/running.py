@@ -7,12 +7,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_phantom.distributed.gradients import ShardAverage, clip_grad_norm_
 from lightning_phantom.distributed.replicas import ReplicaCheck
 from lightning_phantom.distributed.shards import Split
+from lightning_phantom.framework import pl
 from lightning_phantom.strategies.agree import average_shards, has_replicated
 from lightning_phantom.strategies.first_step import FirstStep
 from lightning_phantom.strategies.saving import CheckpointingStrategy
@@ -52,7 +52,7 @@ class RunningStrategy(CheckpointingStrategy):
     @property
     def _predicting(self) -> bool:
         module = self.lightning_module
-        return module is not None and module.trainer.state.fn == TrainerFn.PREDICTING
+        return module is not None and module.trainer.state.fn == pl.trainer.states.TrainerFn.PREDICTING
 
     # Gradients
 

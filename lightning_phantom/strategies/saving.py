@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-import lightning as L
 import torch
-from lightning.fabric.utilities.optimizer import _optimizer_to_device
-from lightning.fabric.utilities.types import _Stateful
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_phantom.checkpoints.files import AtomicCheckpointIO
@@ -20,10 +15,11 @@ from lightning_phantom.checkpoints.rng import rng_states, set_rng_states
 from lightning_phantom.checkpoints.store import Store
 from lightning_phantom.distributed.mesh import Mesh
 from lightning_phantom.errors import CheckpointError, PhantomError
+from lightning_phantom.framework import fabric, pl
 from lightning_phantom.layers.split import split_layers
 
 
-class CheckpointingStrategy(DDPStrategy):
+class CheckpointingStrategy(pl.strategies.DDPStrategy):
     """A DDPStrategy whose model is spread over ranks, but whose checkpoints are the user's.
 
     Args:
@@ -36,7 +32,7 @@ class CheckpointingStrategy(DDPStrategy):
     layer_kind: str
 
     def __init__(self, state_dict_type: str, weights_only: bool | None, checkpoint_io: Any, **kwargs: Any) -> None:
-        super().__init__(checkpoint_io=checkpoint_io or AtomicCheckpointIO(), **kwargs)
+        super().__init__(checkpoint_io=checkpoint_io, **kwargs)
         self._mesh: Mesh | None = None
         self._state_dict_type = state_dict_type
         self._weights_only = weights_only
@@ -46,6 +42,19 @@ class CheckpointingStrategy(DDPStrategy):
         self._resumed_loaders: list[dict[str, Any]] = []
 
     @property
+    def checkpoint_io(self) -> Any:
+        """What reads and writes files: ours, or the user's; one of those that wrap another wraps ours."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = AtomicCheckpointIO()
+        elif isinstance(self._checkpoint_io, pl.plugins.io.wrapper._WrappingCheckpointIO):  # type: ignore[attr-defined]
+            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()  # it keeps what it wraps already
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: Any) -> None:
+        self._checkpoint_io = io
+
+    @property
     def mesh(self) -> Mesh:
         """This rank's groups, once the processes have found each other."""
         if self._mesh is None:
@@ -53,7 +62,7 @@ class CheckpointingStrategy(DDPStrategy):
         return self._mesh
 
     @property
-    def _module(self) -> L.LightningModule:
+    def _module(self) -> pl.LightningModule:
         if self.lightning_module is None:
             raise PhantomError("no module is connected to the strategy: a Trainer's run does that.")
         return self.lightning_module
@@ -79,7 +88,7 @@ class CheckpointingStrategy(DDPStrategy):
                 f"others may be gone. The newest checkpoint before it is whole."
             )
             return
-        if trainer.state.fn == TrainerFn.FITTING:
+        if trainer.state.fn == pl.trainer.states.TrainerFn.FITTING:
             mid_epoch = not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
             checkpoint = self._store.with_generators(checkpoint, mid_epoch)
         self._store.save(checkpoint, filepath, self._state_dict_type, storage_options)
@@ -94,7 +103,7 @@ class CheckpointingStrategy(DDPStrategy):
         if "state_dict" not in loaded:
             raise CheckpointError(f"{checkpoint_path}: this is not a Lightning checkpoint: it has no 'state_dict'.")
         self._as_read = stand_ins(loaded)
-        if self._module.trainer.state.fn == TrainerFn.FITTING:
+        if self._module.trainer.state.fn == pl.trainer.states.TrainerFn.FITTING:
             self._resumed_rng = generators_of(loaded)
             if self._resumed_rng is not None and not self._resumed_rng.mid_epoch:
                 fit_loop = loaded.get("loops", {}).get("fit_loop", {})
@@ -129,14 +138,14 @@ class CheckpointingStrategy(DDPStrategy):
         states = self._store.optimizer_states(checkpoint)
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
-            _optimizer_to_device(optimizer, self.root_device)
+            fabric.utilities.optimizer._optimizer_to_device(optimizer, self.root_device)
 
     # Generators: a fit saved at the end of an epoch goes on before the next epoch's iterator draws its seed, one saved
     # within an epoch after the iterator is back at its place.
 
     def process_dataloader(self, dataloader: object) -> object:
         """Restore generators and epoch before the first iterator of a resumed fit is made: workers read ahead."""
-        if self._resumed_loaders and isinstance(dataloader, _Stateful):
+        if self._resumed_loaders and isinstance(dataloader, fabric.utilities.types._Stateful):
             # Lightning restores them within an epoch only. The next iterator goes on from the one that is put back.
             before = rng_states()
             dataloader.load_state_dict(self._resumed_loaders.pop(0))

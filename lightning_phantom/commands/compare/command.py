@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from lightning_phantom.commands.compare import options
@@ -41,6 +40,7 @@ from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.commands.terminal import progress
 from lightning_phantom.config import PhantomConfig
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.framework import pl
 from lightning_phantom.strategies.phantom import PhantomStrategy
 from lightning_phantom.strategies.tensor_parallel import TensorParallelStrategy
 
@@ -211,7 +211,7 @@ class Comparison:
         averaging = {name: given[name] for name in ("find_unused_parameters",) if name in given}
         prepare: Any = None
         if method in ("ddp", "smaller"):
-            strategy: Any = DDPStrategy(**averaging)
+            strategy: Any = pl.strategies.DDPStrategy(**averaging)
         elif method == "fsdp":
             strategy = FullySharded(data_parallel_size=size, tensor_parallel_size=1)
             prepare = shard_fully

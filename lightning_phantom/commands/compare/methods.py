@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from lightning_phantom.config import TensorParallelConfig
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.framework import pl
 from lightning_phantom.plan.finder import plan_tensor_parallel
 from lightning_phantom.plan.record import Plan
 
@@ -20,7 +20,7 @@ STYLES: dict[str, Literal["megatron", "layerwise"]] = {
 }
 
 
-class FullySharded(ModelParallelStrategy):
+class FullySharded(pl.strategies.ModelParallelStrategy):
     """Lightning's own FSDP, with the LightningModule as its root."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +59,7 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
     return [block for child in module.children() for block in _blocks(child)]
 
 
-class SharedBatches(ModelParallelStrategy):
+class SharedBatches(pl.strategies.ModelParallelStrategy):
     """Torch's own tensor parallelism, whose ranks all read what ranks with batches of their own read together."""
 
     def process_dataloader(self, dataloader: object) -> object:

@@ -12,16 +12,14 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.data import extract_batch_size
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.distributed.comm import Traffic, record_traffic
 from lightning_phantom.distributed.shards import Split
 from lightning_phantom.energy import EnergyMonitor
+from lightning_phantom.framework import fabric, pl
 from lightning_phantom.layers.split import sharded_parameters
 from lightning_phantom.measure.counted import Counted
 from lightning_phantom.measure.memory import Memory
@@ -126,7 +124,7 @@ def run_trial(recipe: Recipe, length: Length, settings: dict[str, Any], prepare:
             **({} if length.validate_every else {"limit_val_batches": 0}),
         )
         probe.memory = memory = Memory(trainer.strategy.root_device)
-        L.seed_everything(recipe.seed, workers=True, verbose=False)
+        pl.seed_everything(recipe.seed, workers=True, verbose=False)
         module, data = recipe.make_module(), recipe.make_data()
         if prepare is not None:
             prepare(module)
@@ -140,7 +138,7 @@ def run_trial(recipe: Recipe, length: Length, settings: dict[str, Any], prepare:
     return measured
 
 
-class Probe(L.Callback):
+class Probe(pl.Callback):
     """Times the steps of a fit, counts what they send, and keeps the validation losses."""
 
     def __init__(self, length: Length) -> None:
@@ -152,13 +150,13 @@ class Probe(L.Callback):
         self._begin = self._pause = self._train_s = 0.0
         self._by_torch: list[Traffic] = []
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
         shards = sharded_parameters(pl_module)
         parameters = list(pl_module.parameters())
         self.measured.weights = sum(_held(p) for p in parameters)
         self.measured.weights_in_all = sum(p.numel() * _shares(p, shards) for p in parameters)
-        if isinstance(trainer.strategy, DDPStrategy):
+        if isinstance(trainer.strategy, pl.strategies.DDPStrategy):
             averaged = [p for p in parameters if p.requires_grad and id(p) not in shards]
             whole = sum(p.numel() * p.element_size() for p in averaged)
             self.measured.gradient_bytes = 2 * (trainer.world_size - 1) * whole / trainer.world_size
@@ -167,7 +165,7 @@ class Probe(L.Callback):
         self._begin, self._pause = time.perf_counter(), 0.0
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Count the operations of the second step, which is not timed, and the collectives after the warm-up."""
         if trainer.global_step == COUNTED_STEP:
@@ -178,7 +176,7 @@ class Probe(L.Callback):
             self._recorded = self._recording.__enter__()
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the time of a step."""
         if self._counting is not None:
@@ -207,13 +205,13 @@ class Probe(L.Callback):
         if not self.measured.samples:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self.measured.samples = extract_batch_size(batch) * trainer.accumulate_grad_batches
+                self.measured.samples = pl.utilities.data.extract_batch_size(batch) * trainer.accumulate_grad_batches
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock."""
         self._paused = time.perf_counter()
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the loss, and let the clock run on."""
         loss = trainer.callback_metrics.get(self.length.monitor)
         if loss is not None:
@@ -256,7 +254,7 @@ def _held(parameter: torch.Tensor) -> int:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep what a fit prints, warns and logs about itself out of the report."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "codecarbon")]
+    loggers = [logging.getLogger(name) for name in (pl.__name__, fabric.__name__, "codecarbon")]
     levels = [logger.level for logger in loggers]
     with redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
