@@ -125,7 +125,13 @@ def without_entry(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _entry(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    return checkpoint.get(ENTRY, {})
+    entry = checkpoint.get(ENTRY, {})
+    if not isinstance(entry, Mapping):
+        raise CheckpointError(
+            f"the checkpoint's key {ENTRY!r} holds another's {type(entry).__name__}, but that is where the layers are "
+            f"described: save yours under another key."
+        )
+    return entry
 
 
 def method_of(checkpoint: Mapping[str, Any]) -> str | None:

@@ -113,8 +113,8 @@ class PhantomFabricStrategy(fabric.strategies.ddp.DDPStrategy):
         """For `fabric.init_module`, which always fills weights here: phantom layers start from what is in them."""
         return super().module_init_context(empty_init=False)
 
-    def setup_module_and_optimizers(self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None) -> Any:
-        """Swap layers, give the optimizers their parameters, and average gradients."""
+    def setup_module_and_optimizers(self, module: nn.Module, optimizers: list[Optimizer], *scheduler: Any) -> Any:
+        """Swap layers, give the optimizers their parameters, and average gradients; the scheduler is as before."""
         swapper = Swapper(module, plan_phantom)
         swapper.swap(self._config, self.mesh)
         if not split_layers(module):
@@ -132,7 +132,7 @@ class PhantomFabricStrategy(fabric.strategies.ddp.DDPStrategy):
         if average is not None:
             self._averages.append(average)
         averaged = self.world_size > 1 and has_replicated(module)
-        return super().setup_module(module) if averaged else module, optimizers, scheduler
+        return super().setup_module(module) if averaged else module, optimizers, *scheduler
 
     def setup_module(self, module: nn.Module) -> Any:
         """Swap layers, and average gradients; make the optimizer next."""
@@ -198,7 +198,8 @@ class PhantomFabricStrategy(fabric.strategies.ddp.DDPStrategy):
             CheckpointError: it is damaged, incomplete, of another model, or lacks a key of `state` (if `strict`).
         """
         if not isinstance(state, dict) or not any(_layers(value) for value in state.values()):
-            return super().load_checkpoint(path, state, strict, weights_only)
+            kwargs = {} if weights_only is None else {"weights_only": weights_only}  # which Lightning 2.5 does not know
+            return super().load_checkpoint(path, state, strict, **kwargs)
         module, optimizers = self._parts(state)
         store = self._store(module, optimizers)
         checkpoint = store.load(path, weights_only)

@@ -52,6 +52,19 @@ def test_an_optimizer_with_parameters_of_no_module_is_not_saved(tmp_path):
         t.save_checkpoint(tmp_path / "a")
 
 
+class TakesTheKey(Net):
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["phantom"] = 3
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_a_checkpoint_whose_key_is_taken(tmp_path, kind):
+    t = trainer(tmp_path, strategy=PhantomStrategy(num_blocks=4, state_dict_type=kind))
+    t.fit(TakesTheKey(), loader())
+    with pytest.raises(CheckpointError, match="the checkpoint's key 'phantom' holds another's int"):
+        t.save_checkpoint(tmp_path / "a")
+
+
 class Pictured(Net):
     def __init__(self):
         super().__init__()
