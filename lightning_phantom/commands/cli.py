@@ -58,9 +58,8 @@ def main(args: Sequence[str] | None = None) -> None:
     others = "; ".join(f"{name}: {what}" for name, (_, what) in COMMANDS.items())
     _CLI(
         pl.LightningModule,
-        pl.LightningDataModule,
+        None,  # any data, or none: a module may bring its own
         subclass_mode_model=True,
-        subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={
             "prog": "lightning-phantom",

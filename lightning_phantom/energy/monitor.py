@@ -296,8 +296,8 @@ def _replicas(trainer: pl.Trainer) -> int:
 
 
 def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("lightning-phantom", "lightning", "torch", "codecarbon"):
+    versions: dict[str, str | None] = {"python": platform.python_version(), "lightning": pl.__version__}  # type: ignore[attr-defined]
+    for package in ("lightning-phantom", "torch", "codecarbon"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

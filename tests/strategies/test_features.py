@@ -55,7 +55,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from training import EMAWeightAveraging, Net, data, loader, needs_ema, own, trainer, weights
 
-from lightning_phantom import PhantomLinear, PhantomStrategy, densify
+from lightning_phantom import PhantomLinear, PhantomStrategy, TensorParallelStrategy, densify
 from lightning_phantom.distributed.comm import record_traffic
 from lightning_phantom.errors import PhantomError, PlanError
 from lightning_phantom.layers.split import split_layers
@@ -1116,11 +1116,41 @@ def test_fit_validate_test_predict(tmp_path):
     assert fit == test and torch.allclose(predicted, module(data(16).tensors[0]), atol=1e-6)
 
 
+UNKNOWN = [
+    (PhantomStrategy, "phantom_widht", "phantom_width"),
+    (PhantomStrategy, "find_unused_parameter", "find_unused_parameters"),
+    (TensorParallelStrategy, "tensor_parallel_sizes", "tensor_parallel_size"),
+]
+
+
 def test_cpu_and_the_name_phantom(tmp_path):
     t = trainer(tmp_path, devices=1, strategy="phantom")
     assert type(t.strategy) is PhantomStrategy and t.strategy.root_device.type == "cpu"
     with pytest.raises(PhantomError, match="Set num_blocks"):
         t.fit(plain(), loader())
+
+
+def test_num_blocks_come_from_the_name_or_the_environment(tmp_path, monkeypatch):
+    def blocks(strategy):
+        t = trainer(tmp_path, devices=1, strategy=strategy, fast_dev_run=True)
+        t.fit(module := plain(), loader())
+        return {layer.num_blocks for layer in split_layers(module).values()}
+
+    assert [blocks(f"phantom_{p}") for p in (2, 4, 8)] == [{2}, {4}, {8}]
+    monkeypatch.setenv("PHANTOM_NUM_BLOCKS", "2")
+    assert [blocks("phantom"), blocks("phantom_4"), blocks(PhantomStrategy(num_blocks=8))] == [{2}, {4}, {8}]
+    for nonsense in ("", "1", "four", "-2", "2.0"):
+        monkeypatch.setenv("PHANTOM_NUM_BLOCKS", nonsense)
+        with pytest.raises(PhantomError, match=f"PHANTOM_NUM_BLOCKS='{nonsense}' in the environment: needs an integer"):
+            trainer(tmp_path, devices=1, strategy="phantom")
+    with pytest.raises(ValueError, match="invalid strategy name: `strategy='phantom_zero'`"):
+        trainer(tmp_path, devices=1, strategy="phantom_zero")
+
+
+@pytest.mark.parametrize(("strategy", "typo", "meant"), UNKNOWN)
+def test_unknown_arguments_are_refused(strategy, typo, meant):
+    with pytest.raises(PhantomError, match=f"{strategy.__name__} has no argument '{typo}'.* Did you mean '{meant}'"):
+        strategy(**{typo: 4})
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
@@ -1255,6 +1285,15 @@ def test_a_logged_graph_is_refused(two):
     for graph in two(two_graph):
         assert graph[0] == "PhantomError"
         assert "TensorBoardLogger(log_graph=True) runs the model on rank 0 only, which would wait" in graph[1]
+
+
+def two_dry_runs():
+    return train(plain, fast_dev_run=2, logger=True)[0].global_step
+
+
+def test_a_dry_run_on_two_ranks(two):
+    """Its logger answers to any name, also to that of one that logs the graph."""
+    assert two(two_dry_runs) == [2, 2]
 
 
 def test_device_stats_monitor(tmp_path):
