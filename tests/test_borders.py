@@ -36,12 +36,16 @@ ATTRIBUTES = {
     "_SubprocessScriptLauncher": "lightning.pytorch.strategies.launchers",
     **dict.fromkeys(("_optimizer_to_device", "_optimizers_to_device"), "lightning.fabric.utilities.optimizer"),
     "_Stateful": "lightning.fabric.utilities.types",
+    "_WrappingCheckpointIO": "lightning.pytorch.plugins.io.wrapper",
     **dict.fromkeys(
         ("_are_functorch_transforms_active", "_current_graph_task_id", "_get_tracing_state", "_nn"), "torch._C"
     ),
     "_current_level": "torch.autograd.forward_ad",
     "_execution_engine": "torch.autograd.Variable",
-    "_schema": "torch._ops.OpOverload",
+    **dict.fromkeys(("_schema", "_overloadpacket"), "torch._ops.OpOverload"),
+    **dict.fromkeys(("_allgather_base_", "_reduce_scatter_base_"), "torch.ops.c10d"),
+    "_c10d_functional": "torch.ops",
+    "_get_ddp_logging_data": "torch.nn.parallel.DistributedDataParallel",
     "_set_params_and_buffers_to_ignore_for_model": "torch.nn.parallel.DistributedDataParallel",
     "_world": "torch.distributed.distributed_c10d",
     "_reset_parameters": "torch.nn.Transformer",
@@ -55,6 +59,8 @@ ATTRIBUTES = {
 }
 # What a class of ours overrides, or uses of itself, that its base has.
 INHERITED = {
+    "CheckpointingStrategy": {"_checkpoint_io"},
+    "FullySharded": {"_forward_redirection"},
     "PhantomFabricStrategy": {
         *("_backward_sync_control", "_checkpoint_io", "_convert_stateful_objects_in_state", "_timeout")
     },
