@@ -61,7 +61,7 @@ assert "codecarbon" not in sys.modules
 assert not torch.cuda.is_initialized()
 import importlib; importlib.reload(lightning_phantom)
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
 
 
