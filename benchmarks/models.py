@@ -10,8 +10,8 @@ Each architecture is made tiny (`tiny_models`) and tried by two processes of its
 - one process: at full width, outputs and every gradient are the dense model's on the whole batch, in float64;
 - two ranks: likewise with a half of the batch each, against the dense model on one half after the other.
 
-The gradients of L, C and D are held to the dense weight's, by the chain rule. What is not equal is printed, and the exit
-code is then 1.
+The gradients of L, C and D are held to the dense weight's, by the chain rule. What is not equal is printed, and the
+exit code is then 1.
 """
 
 from __future__ import annotations
@@ -306,8 +306,8 @@ def table(results: list[dict[str, Any]]) -> str:
         "",
         f"Written by `benchmarks/models.py` with {release}. Every architecture that an Auto class makes",
         "a model of, tiny and from its default config. *Found* are the linears that the plan makes phantom, of those",
-        "that are feed-forward by name and sizes, as the benchmark judges by itself. *Equal*: at full width outputs and",
-        "every gradient are the dense model's in float64, in one process with the whole batch and on two ranks with a",
+        "that are feed-forward by name and sizes, as the benchmark judges by itself. *Equal*: at full width outputs",
+        "and every gradient are the dense model's in float64, in one process with the whole batch and on two ranks with a",
         "half each. What was not built or not run says why: most needs other sizes or inputs than the benchmark's.",
         "",
         score(results) + ".",
