@@ -13,6 +13,7 @@ from lightning_phantom.cost.count import phantom_weights
 from lightning_phantom.errors import PlanError
 from lightning_phantom.layers.dense import features, is_conv1d, is_linear
 from lightning_phantom.layers.split import SplitLinear
+from lightning_phantom.plan.others import others
 from lightning_phantom.plan.record import Plan, PlannedLayer
 from lightning_phantom.plan.structure import alone, elsewhere, find_ffns, unpaired
 from lightning_phantom.plan.unfit import unfit
@@ -89,7 +90,7 @@ def _make_plan(module: nn.Module, config: Config) -> Plan:
             layers.append(_describe(name, linear, config, "skip", reason))
         else:
             layers.append(_describe(name, linear, config, "skip", obstacles[name] or unpaired_for[name]))
-    return Plan(config, tuple(layers), tuple(ffns))
+    return Plan(config, tuple(layers), tuple(ffns), tuple(others(module)))
 
 
 def _resolve_words(

@@ -59,11 +59,13 @@ class Plan:
         config: the request it answers.
         layers: every linear of the module, in `named_modules` order.
         ffns: the feed-forward networks that the swapped ones form; one named alone is one by itself.
+        others: what holds weights like a linear's and is none; nothing happens to it.
     """
 
     config: Config
     layers: tuple[PlannedLayer, ...]
     ffns: tuple[FFN, ...]
+    others: tuple[PlannedLayer, ...] = ()
 
     @property
     def swapped(self) -> tuple[PlannedLayer, ...]:
@@ -105,7 +107,7 @@ class Plan:
         for column in ("linear", "in", "out", "decision", "k", "weights before", "after"):
             table.add_column(column, justify="left" if column in ("linear", "decision") else "right", no_wrap=True)
         table.add_column("reason", overflow="fold")
-        for alike in _folded(self.layers):
+        for alike in [*_folded(self.layers), *_folded(self.others)]:
             layer = alike[0]
             table.add_row(
                 _name_of_all([each.name for each in alike]),

@@ -75,10 +75,18 @@ def elsewhere(root: nn.Module) -> dict[str, str]:
     attentions = _attentions(root)
     innermost = attentions.keys() - {owner for name in attentions for owner in _owners(name)}
     heads = {id(head) for model in root.modules() if (head := _output_embeddings(model)) is not None}
+    adapted = [name for name, module in root.named_modules() if "base_layer" in module._modules]
     found = {}
     for name, module in _linears(root).items():
         if id(module) in heads:
             found[name] = "the model's head: its output embedding"
+        elif owner := next((o for o in _owners(name) if o in adapted), None):
+            part = "the base weight, which it trains around" if name == f"{owner}.base_layer" else "a part"
+            found[name] = f"{part}, of a LoRA or another adapter ({owner!r})"
+        elif owner := next((o for o in _owners(name) if _holds_experts(o, root)), None):
+            found[name] = (
+                "an expert: a rank calls it only if its own tokens lead there, and phantom ranks call together"
+            )
         elif owner := next((o for o in _owners(name) if o in innermost), None):
             found[name] = f"part of the attention ({attentions[owner]})"
     return found
@@ -86,13 +94,11 @@ def elsewhere(root: nn.Module) -> dict[str, str]:
 
 def unpaired(root: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Why each of `names` is in no FFN: linears that are neither elsewhere nor found."""
-    attentions, fused = _attentions(root), _fused(root)
+    attentions = _attentions(root)
     found = {}
     for name in names:
         if owner := next((o for o in _owners(name) if o in attentions), None):
             found[name] = f"part of the attention ({attentions[owner]})"
-        elif name in fused:
-            found[name] = "gate and up are one linear here, whose halves are read apart"
         else:
             found[name] = "stands alone: no other linear makes an FFN with it"
     return found
@@ -107,6 +113,12 @@ def _attentions(root: nn.Module) -> dict[str, str]:
                 if called.rstrip("0123456789").lower().endswith(("attn", "attention")):
                     found.setdefault(name, called)
     return found
+
+
+def _holds_experts(name: str, root: nn.Module) -> bool:
+    """Whether a module is the list of the experts that a router chooses from."""
+    listed = isinstance(root.get_submodule(name), nn.ModuleList | nn.ModuleDict)
+    return listed and name.rpartition(".")[2].lower().endswith("experts")
 
 
 def _output_embeddings(model: Any) -> Any:
@@ -230,17 +242,21 @@ def _torchs(root: nn.Module, left: Mapping[str, Any]) -> Iterator[FFN]:
 
 
 def _registered(root: nn.Module, left: Mapping[str, Any]) -> Iterator[FFN]:
-    """D -> h and h -> d (gated: d -> h twice), registered one after the other, nothing linear between."""
+    """D -> h and h -> d (gated: d -> h twice, or d -> 2h), registered one after the other, nothing linear between."""
     for run in _runs(root):
-        if len(run) <= 3 and all(name in left for name in run) and _match(root, run[:-1], run[-1]):
+        if len(run) > 3 or not all(name in left for name in run):
+            continue
+        if _match(root, run[:-1], run[-1]):
             yield _pair(tuple(run[:-1]), run[-1], "d -> h and h -> d in one block")
+        elif len(run) == 2 and _holds_gate_and_up(root, *run):
+            first, second = (Group((name,), depth, True, depth == 1, True) for depth, name in enumerate(run))
+            yield FFN((first, second), "d -> 2h and h -> d in one block: gate and up are one linear")
 
 
-def _fused(root: nn.Module) -> set[str]:
-    """The linears of FFNs whose gate and up are one linear, as their sizes say."""
-    sizes = {name: features(module) for name, module in _linears(root).items()}
-    pairs = [run for run in _runs(root) if len(run) == 2]
-    return {name for a, b in pairs if sizes[a] == (sizes[b][1], 2 * sizes[b][0]) for name in (a, b)}
+def _holds_gate_and_up(root: nn.Module, first: str, second: str) -> bool:
+    """Whether `first` writes a gate and what it gates, for code to cut apart, and `second` reads their product."""
+    (d, both), (h, back) = features(root.get_submodule(first)), features(root.get_submodule(second))
+    return (d, both) == (back, 2 * h)
 
 
 def _runs(root: nn.Module) -> Iterator[list[str]]:

@@ -6,7 +6,7 @@ import gc
 import inspect
 import operator
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -49,10 +49,8 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
 
     The forward runs once, on stand-ins for tensors; what it changes is put back.
     """
-    try:
-        with _untouched(module), _without_cycles():
-            graph = _Tracer(linears).trace(module, _defaults(module))
-    except Exception:  # user code meets stand-ins here: anything can be raised
+    graph = _graph_of(module, linears)
+    if graph is None:
         return None
     sources: dict[fx.Node, tuple[str, ...]] = {}
     answers: set[fx.Node] = set()  # shapes, types and numbers that come of them
@@ -88,6 +86,30 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
     return flows
 
 
+def _graph_of(module: nn.Module, linears: Collection[str]) -> fx.Graph | None:
+    """The forward as a graph: of the ways that its conditions on values could go, the one that calls the most linears.
+
+    They go all one way, but for those that an error follows on: asserts hold.
+    """
+    graphs = []
+    for usual in (False, True):
+        answers: dict[object, bool] = {}
+        for _ in range(_CONDITIONS):
+            tracer = _Tracer(linears, usual, answers)
+            try:
+                with _untouched(module), _without_cycles():
+                    graphs.append(tracer.trace(module, _defaults(module)))
+                break
+            except Exception:  # user code meets stand-ins here: anything can be raised
+                last = next((place for place in reversed(tracer.asked) if place not in answers), None)
+                if last is None:
+                    break
+                answers[last] = not usual
+        if not tracer.asked:
+            break
+    return max(graphs, key=lambda graph: sum(node.target in linears for node in graph.nodes), default=None)
+
+
 def _asks(node: fx.Node) -> bool:
     """Whether a node reads nothing of a value but its shape, type or place."""
     name = node.args[1] if node.target is getattr else node.target if node.op == "call_method" else ""
@@ -121,12 +143,30 @@ def _holds_weights(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-class _Tracer(fx.Tracer):
-    """Looks into modules that hold linears, and into no other."""
+_CONDITIONS = 16  # that a forward may have, to be tried the other way
+_OF_THE_TRACE = (__file__, fx.proxy.__file__, fx._symbolic_trace.__file__)
 
-    def __init__(self, linears: Collection[str]) -> None:
+
+class _Tracer(fx.Tracer):
+    """Looks into modules that hold linears, and into no other.
+
+    Attributes:
+        asked: where the conditions on values stood.
+    """
+
+    def __init__(self, linears: Collection[str], usual: bool, answers: Mapping[object, bool]) -> None:
         super().__init__()
-        self._linears = linears
+        self._linears, self._usual, self._answers = linears, usual, answers
+        self.asked: list[object] = []
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_code.co_filename in _OF_THE_TRACE:
+            frame = frame.f_back
+        assert frame is not None
+        place = frame.f_code, frame.f_lasti
+        self.asked.append(place)
+        return self._answers.get(place, self._usual)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_linear(m) or not any(name.startswith(f"{module_qualified_name}.") for name in self._linears)

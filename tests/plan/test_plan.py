@@ -40,7 +40,7 @@ class Branches(nn.Module):
         self.head = nn.Linear(16, 16)
 
     def forward(self, x):
-        return self.head(self.blocks[0](x) if x.sum() > 0 else self.blocks[1](x))
+        return self.head(self.blocks[0](x) if float(x.sum()) > 0 else self.blocks[1](x))
 
 
 # A plan of the user's own

@@ -96,9 +96,11 @@ def test_linears_of_two_numbered_parts_are_not_one_block():
     assert groups_of(two) == [[(f"layers.{n}.a",), (f"layers.{n}.b",)] for n in (0, 1)]
 
 
-def test_a_gate_and_up_in_one_linear_is_said_to_be_one():
+def test_a_gate_and_up_in_one_linear_make_a_network_with_the_one_that_reads_their_product():
     module = Untraceable(gate_up=(16, 64), down=(32, 16))
-    assert set(reasons(module).values()) == {"gate and up are one linear here, whose halves are read apart"}
+    (ffn,) = plan_of(module).ffns
+    assert [(g.names, g.enters, g.exits) for g in ffn.groups] == [(("gate_up",), True, True), (("down",), True, True)]
+    assert "gate and up are one linear" in reasons(module)["gate_up"]
 
 
 # What a model says itself
@@ -211,3 +213,69 @@ def test_a_models_output_embedding_is_a_head():
     layers = nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 40)
     assert reasons(Model(*layers)) == {"0": ALONE, "2": "the model's head: its output embedding"}
     assert set(reasons(Fails(*layers)).values()) == {TRACED}
+
+
+# Linears that others train around, or call now and then
+
+
+class LoraLinear(nn.Module):
+    """As the library peft makes them: the frozen base weight, and a way around it of two linears."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, 8, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(8, base.out_features, bias=False)})
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+def test_what_a_lora_trains_around_stays_dense_and_its_own_linears_are_no_network():
+    module = Gated()
+    module.gate, module.down = LoraLinear(module.gate), LoraLinear(module.down)
+    assert not plan_of(module).swapped
+    found = reasons(module)
+    assert found["gate.base_layer"] == "the base weight, which it trains around, of a LoRA or another adapter ('gate')"
+    assert found["down.lora_A.default"] == "a part, of a LoRA or another adapter ('down')"
+    named = plan_phantom(module, PhantomConfig(4, plan={"*.base_layer": "phantom"}))
+    assert [layer.name for layer in named.swapped] == ["gate.base_layer", "down.base_layer"]
+
+
+def test_experts_that_a_router_chooses_stay_dense_and_the_one_for_all_is_taken():
+    module = nn.Module()
+    module.experts = nn.ModuleList([Gated(), Gated()])
+    module.shared_expert = Gated()
+    plan = plan_of(module)
+    assert [layer.name for layer in plan.swapped] == [f"shared_expert.{name}" for name in ("gate", "up", "down")]
+    assert "own tokens" in reasons(module)["experts.0.gate"]
+
+
+# What is like a linear
+
+
+class Fused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.zeros(4, 64, 16))
+        self.bias = nn.Parameter(torch.zeros(4, 64))
+
+
+class OfAnotherLibrary(nn.Module):
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.weight, self.bias = nn.Parameter(torch.zeros(out_channels, in_channels)), None
+
+
+def test_what_is_like_a_linear_has_a_row_that_says_why_it_stays_dense():
+    module = nn.ModuleDict({"experts": Fused(), "embed": nn.Embedding(4, 4), "conv": nn.Conv1d(4, 4, 3)})
+    module["lin"] = OfAnotherLibrary(16, 24)
+    plan = plan_of(module)
+    assert plan.layers == ()
+    assert [(row.name, row.in_features, row.out_features, row.weights_before) for row in plan.others] == [
+        ("experts.gate_up", 16, 64, 4096),
+        ("lin", 16, 24, 384),
+    ]
+    text = str(plan)
+    assert "0 of 0 linears" in text and "4 experts" in text and "OfAnotherLibrary is no nn.Linear" in text

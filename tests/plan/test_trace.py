@@ -3,6 +3,7 @@
 import gc
 import random
 import weakref
+from itertools import pairwise
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def test_the_outermost_forward_that_can_be_traced_counts():
 
         def forward(self, x):
             for layer in self.layers:
-                x = layer(x) if x.sum() > 0 else x
+                x = layer(x) if float(x.sum()) > 0 else x
             return x
 
     assert groups_of(nn.Sequential(Block(), nn.ReLU(), Block())) == [[("0.fc1",), ("0.fc2",), ("2.fc1",), ("2.fc2",)]]
@@ -189,3 +190,38 @@ def test_a_trace_does_not_keep_the_module_alive_and_the_collector_is_as_it_was(c
         assert kept() is None
     finally:
         gc.enable()
+
+
+# Conditions on values
+
+
+class Careful(nn.Module):
+    """What people write: asserts, shapes, conditions on values, arguments of any number, values that are read twice."""
+
+    def __init__(self, *sizes):
+        super().__init__()
+        self.first, self.middle, self.last = (nn.Linear(*pair) for pair in pairwise(sizes))
+
+    def forward(self, x, *args, **kwargs):
+        assert x.dim() == 2, f"{x.shape}"
+        rows, width = x.shape
+        if rows == 0:
+            return x
+        assert width > 1
+        x = torch.relu(self.first(x))
+        if x.sum() > 0:
+            x = x * 2
+        x = self.middle(F.dropout(x, 0.1, self.training))
+        x = x * torch.sigmoid(x)
+        return self.last(0.5 * x * (1 + torch.tanh(0.8 * (x + 0.04 * x**3))))
+
+
+def test_conditions_and_asserts_hide_no_linears():
+    assert groups_of(Careful(16, 32, 32, 16)) == [[("first",), ("middle",), ("last",)]]
+
+
+def test_odd_ends_stay_dense_around_what_divides():
+    module = Careful(13, 64, 64, 1)
+    assert groups_of(module) == [[("middle",)]]
+    reasons = {layer.name: layer.reason for layer in plan_of(module).layers}
+    assert "13 -> 64 features do not divide" in reasons["first"] and "64 -> 1 features" in reasons["last"]
