@@ -41,6 +41,7 @@ ATTRIBUTES = {
         ("_are_functorch_transforms_active", "_current_graph_task_id", "_get_tracing_state", "_nn"), "torch._C"
     ),
     "_current_level": "torch.autograd.forward_ad",
+    "_symbolic_trace": "torch.fx",
     "_execution_engine": "torch.autograd.Variable",
     **dict.fromkeys(("_schema", "_overloadpacket"), "torch._ops.OpOverload"),
     **dict.fromkeys(("_allgather_base_", "_reduce_scatter_base_"), "torch.ops.c10d"),

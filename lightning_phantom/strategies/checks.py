@@ -55,7 +55,7 @@ def check_trainer(trainer: pl.Trainer, ranks: int, swapped_late: bool) -> None:
                 f"some since (setup, configure_model, on_load_checkpoint). Make them in __init__, or leave it out."
             )
     for logger in trainer.loggers:
-        if ranks > 1 and getattr(logger, "_log_graph", False) is True:  # a logger may answer to any name
+        if ranks > 1 and vars(logger).get("_log_graph"):  # a logger may answer to any name
             raise PhantomError(
                 f"{type(logger).__name__}(log_graph=True) runs the model on rank 0 only, which would wait for the "
                 f"other {ranks - 1} ranks of its group; leave log_graph out."

@@ -973,7 +973,7 @@ class Small(L.LightningModule):
         self.net = nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 8))
 
 module = Small.load_from_checkpoint({path!r})
-assert not any(name.startswith("lightning_phantom") for name in sys.modules)
+assert "lightning_phantom" not in sys.modules
 print(module.net(torch.ones(2, 16)).sum().item())
 """
 
