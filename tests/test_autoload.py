@@ -91,35 +91,37 @@ def from_the_wheel(folder):
     }
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    return from_the_wheel(tmp_path_factory.mktemp("wheel"))
+tried = pytest.mark.background.with_args(from_the_wheel)
 
 
+@tried
 @pytest.mark.parametrize("name", ["lightning.pytorch", "pytorch_lightning"])
-def test_the_name_alone_trains_on_two_ranks(programs, name):
-    code, printed, errors = programs[name]
+def test_the_name_alone_trains_on_two_ranks(outcome, name):
+    code, printed, errors = outcome[name]
     assert code == 0, errors
     for rank in range(2):
         assert f"rank {rank} of 2: PhantomStrategy" in printed
 
 
-def test_the_name_alone_in_a_plain_lightning_cli(programs):
-    code, printed, errors = programs["cli"]
+@tried
+def test_the_name_alone_in_a_plain_lightning_cli(outcome):
+    code, printed, errors = outcome["cli"]
     assert code == 0, errors
     assert "PhantomStrategy of 4 blocks" in printed
 
 
-def test_it_can_be_switched_off(programs):
-    code, _, errors = programs["switched off"]
+@tried
+def test_it_can_be_switched_off(outcome):
+    code, _, errors = outcome["switched off"]
     assert code != 0
     assert "invalid strategy name: `strategy='phantom'`" in errors
 
 
-def test_importing_torch_prints_nothing(programs):
+@tried
+def test_importing_torch_prints_nothing(outcome):
     """With Lightning and without."""
-    assert programs["torch"] == programs["torch alone"] == (0, "", "")
-    assert "No module named 'lightning'" in programs["Lightning"][2]
+    assert outcome["torch"] == outcome["torch alone"] == (0, "", "")
+    assert "No module named 'lightning'" in outcome["Lightning"][2]
 
 
 def test_nothing_that_goes_wrong_is_heard(monkeypatch, capfd):
