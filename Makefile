@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs coverage package clean
+.PHONY: demo check test lint docs coverage package clean
 
-demo: $(VENV)/.installed-demo  ## train the digits example on two ranks and print what it cost
+demo: $(VENV)/.installed-demo  ## train the digits on two ranks by DDP and by phantom, and show what each took
+	$(BIN)/lightning-phantom fit --config examples/digits.yaml --config examples/digits_ddp.yaml
 	$(BIN)/lightning-phantom fit --config examples/digits.yaml
 
 test: lint docs  ## the whole gate: format, lint, types, docs, tests

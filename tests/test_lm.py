@@ -117,7 +117,10 @@ def test_reports_of_any_strategy_become_one_table(tmp_path, capsys):
             max_epochs=1,
             limit_train_batches=4,
             enable_model_summary=False,
-            callbacks=[EnergyMonitor(print_table=False, warmup_steps=1), RunReport()],
+            callbacks=[
+                EnergyMonitor(print_table=False, warmup_steps=1),
+                RunReport(beside=[str(tmp_path / "dense-0"), str(tmp_path / "none")]),
+            ],
             logger=CSVLogger(tmp_path / f"{method}-0"),
             default_root_dir=tmp_path,
             enable_checkpointing=False,
@@ -126,7 +129,8 @@ def test_reports_of_any_strategy_become_one_table(tmp_path, capsys):
         trainer.fit(tiny(), data)
         shown = capsys.readouterr().out
         assert "LanguageModel: 4 steps on 1 rank" in shown and "validation bits per byte" in shown
-        assert ("tensor parallel would send" in shown) == (method == "phantom")
+        head = next(line for line in shown.splitlines() if line.startswith("┃") and "SingleDevice" in line)
+        assert ("SingleDevice" in head, "Phantom" in head) == (True, method == "phantom")
     lines = lm.table(tmp_path, ["dense", "phantom", "tensor_parallel"], [0, 1]).splitlines()
     rows = {cells[0]: cells[1:] for cells in ([c.strip() for c in line.split("|")[1:-1]] for line in lines)}
     assert rows[""] == ["dense", "phantom", "tensor_parallel"]
