@@ -86,7 +86,7 @@ TASKS = {
         (),
         128,
         3200,
-        100,
+        200,
         (
             Model("dense", (DENSE,), 1e-3, "ddp"),
             Model("dense, skips", (DENSE, "--model.skips=true"), 1e-3, "ddp"),
