@@ -89,7 +89,6 @@ TASKS = {
         200,
         (
             Model("dense", (DENSE,), 1e-3, "ddp"),
-            Model("dense, skips", (DENSE, "--model.skips=true"), 1e-3, "ddp"),
             Model("smaller dense", (DENSE, "--model.width=416"), 2e-3, "smaller"),
             Model("smaller dense, skips", (DENSE, "--model.width=416", "--model.skips=true"), 2e-3, "smaller"),
             Model("phantom", phantom(num_blocks=8, phantom_width=32, init="random"), 2e-3, "phantom"),
@@ -221,12 +220,12 @@ def rows_of(runs: Runs) -> tuple[list[Row], float, dict[str, list[list[tuple[int
     rows = []
     for model in task.models:
         methods = DENSE_METHODS if model.method == "ddp" else (model.method,)
-        records = {} if args.losses_only else {ranks: runs.compared(ranks, model) for ranks in args.ranks}
-        for method in methods[: 1 if args.losses_only else None]:
+        records = {ranks: runs.compared(ranks, model) for ranks in args.ranks}
+        for method in methods:
             cost = {
                 ranks: record["methods"][method] for ranks, record in records.items() if method in record["methods"]
             }
-            if records and not cost:
+            if not cost:
                 continue
             seen = losses[model.name]
             steps = [steps_to(fit, target) for fit in seen]
@@ -238,12 +237,12 @@ def rows_of(runs: Runs) -> tuple[list[Row], float, dict[str, list[list[tuple[int
 def table(rows: list[Row], target: float, args: argparse.Namespace, last: int) -> str:
     """Markdown: a line per model and method."""
     head = ["", "learning rate", f"loss after {last} steps", f"steps to {target:.4f}"]
-    for ranks in [] if args.losses_only else args.ranks:
+    for ranks in args.ranks:
         head += [f"{ranks} ranks: ms a step", "seconds", "TFLOPs", "GB sent"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         line = [row.name, f"{row.lr:.1e}", spread(row.last, "{:.4f}"), spread(row.steps, "{:.0f}")]
-        for ranks in [] if args.losses_only else args.ranks:
+        for ranks in args.ranks:
             cost = row.cost.get(ranks)
             if cost is None:
                 line += ["-"] * 4
@@ -300,19 +299,28 @@ def main() -> None:
     """Run what is not there yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--losses-of", nargs="+", help="run the fits of these models alone, and time nothing")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=5, help="of each comparison")
     parser.add_argument("--folder", type=Path, help="default: outputs/to_loss/TASK")
-    parser.add_argument("--losses-only", action="store_true", help="no comparison of steps: nothing is timed")
     parser.add_argument("--table-only", action="store_true", help="run nothing")
     parser.add_argument("--plot", type=Path, help="draw the losses there")
     args = parser.parse_args()
     args.folder = args.folder or Path("outputs/to_loss") / args.task
     task = TASKS[args.task]
+    if args.losses_of:
+        runs = Runs(task, args)
+        for model in (m for m in task.models if m.name in args.losses_of):
+            rate = runs.best(model)[0]
+            for seed in args.seeds:
+                print(
+                    f"{model.name}, lr {rate:.1e}, seed {seed}: {runs.losses(model, rate, seed)[-1][1]:.4f}", flush=True
+                )
+        return
     rows, target, losses = rows_of(Runs(task, args))
     print(f"\n{len(args.seeds)} seeds, mean (least to most); per rank\n\n{table(rows, target, args, task.steps)}")
-    if args.plot and not args.losses_only:
+    if args.plot:
         draw(rows, losses, max(args.ranks), args.plot)
 
 
