@@ -34,7 +34,7 @@ class NextByte(L.LightningModule):
         depth: linears of the network, at least 2.
         width: features between them; None: window * embedding.
         skips: whether what lies between equal widths has identity skips.
-        lr: learning rate of Adam.
+        lr: peak learning rate of Adam; it warms up over a tenth of the steps, then falls to zero along a cosine.
     """
 
     def __init__(
@@ -74,9 +74,12 @@ class NextByte(L.LightningModule):
 
     test_step = validation_step
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam on every parameter."""
-        return torch.optim.Adam(self.parameters(), lr=self.hparams.lr)
+    def configure_optimizers(self) -> dict[str, object]:
+        """Adam on every parameter, one cycle over the steps of the run."""
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.hparams.lr)
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.hparams.lr, steps, pct_start=0.1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 class Windows(Text):
