@@ -10,28 +10,32 @@ group's ranks together, s bytes an element. For a square n x n linear:
 | FSDP, dense | n^2/W | 2 (b/R) n^2 | weights twice and gradients, 3 (W-1)/W n^2 s |
 | TP in pairs | n^2/R | 2 b n^2/R | twice: entry (R-1)/R b in s, exit (R-1)/R b out s |
 | TP, layer by layer | n^2/R | 2 b n^2/R | twice: layers (R-1)/R b in s, exit (R-1)/R^2 b out s |
+| TP, torch's own | n^2/R | 2 b n^2/R | forward 2 (R-1)/R b out s, backward 2 (R-1)/R b in s |
 | phantom | q (n^2/p^2 + k n) | 2 b q (n^2/p^2 + k n) | twice: layers (R-1) q k b s, entry and exit (R-1)/R^2 b w s |
 
 Outside the layers every rank has its own tokens with all features, b/R of them; inside, the group's with its own
 features. Phantom goes from one to the other and back in all-to-alls. A column-parallel layer gathers its input (tokens
 at the entry, features inside) and reduce-scatters its gradient; a row-parallel one reduce-scatters its output and
 gathers its gradient; a column-parallel one whose output leaves ends in an all-to-all. "Twice" is forward and backward,
-but for an input that needs no gradient. What DDP sends for the parameters of TP and phantom that every rank holds, and
+but for an input that needs no gradient. Torch's own TP cuts the same pairs, but all its ranks hold the same b tokens
+outside: nothing enters, sums are all-reduced, and what is no such layer each rank computes for all b. What DDP sends for the parameters of TP and phantom that every rank holds, and
 for shards where W > R, is not counted in their rows: it depends on W, and on the rest of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from lightning_phantom.config import check_phantom_width, is_int, resolve_phantom_width
 from lightning_phantom.cost.layer import Layer, as_layers, is_row
+from lightning_phantom.cost.methods import METHODS
 from lightning_phantom.errors import PhantomError
 
 # Bytes per element, by the names torch gives its types.
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+TENSOR_PARALLEL = tuple(method for method in METHODS if method.startswith("tensor_parallel"))
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,13 @@ class CostEstimate:
         phantom: phantom parallelism.
         tensor_parallel: tensor parallelism in Megatron's column and row pairs.
         tensor_parallel_layerwise: tensor parallelism in column-parallel layers alone.
+        tensor_parallel_torch: torch's own tensor parallelism, in Megatron's pairs.
     """
 
     phantom: Cost
     tensor_parallel: Cost
     tensor_parallel_layerwise: Cost
+    tensor_parallel_torch: Cost
 
 
 def phantom_weights(in_features: int, out_features: int, num_blocks: int, phantom_width: int, bias: bool) -> int:
@@ -114,7 +120,7 @@ def estimate_cost(
         entry_needs_grad: for pairs: whether the input of the first needs a gradient.
 
     Returns:
-        The record of the three costs.
+        The record of the four costs.
 
     Raises:
         PhantomError: sizes that do not divide, an empty list, an unknown dtype.
@@ -129,8 +135,8 @@ def estimate_cost(
     if num_blocks % num_ranks:
         raise PhantomError(f"num_ranks={num_ranks} does not divide num_blocks={num_blocks}.")
     group = Group(num_ranks, tokens, element_bytes_of(dtype))
-    phantom = megatron = layerwise = Cost()
-    for layer in as_layers(layers, entry_needs_grad):
+    given, phantom = as_layers(layers, entry_needs_grad), Cost()
+    for layer in given:
         if layer.in_features % num_blocks or layer.out_features % num_blocks:
             raise PhantomError(
                 f"a layer of {layer.in_features} -> {layer.out_features} features does not divide into "
@@ -139,9 +145,12 @@ def estimate_cost(
         width = phantom_width if layer.phantom_width is None else layer.phantom_width
         k = resolve_phantom_width(width, layer.in_features, layer.out_features, num_blocks)
         phantom += _phantom(layer, group, num_blocks, k)
-        megatron += _exact(layer, group, is_row(layer))
-        layerwise += _exact(layer, group, row=False)
-    return CostEstimate(phantom, megatron, layerwise)
+    return CostEstimate(phantom, *(exact_cost(given, method, group) for method in TENSOR_PARALLEL))
+
+
+def exact_cost(layers: Sequence[Layer], method: str, group: Group) -> Cost:
+    """What tensor parallelism takes of these layers, in one of its ways (`TENSOR_PARALLEL`)."""
+    return sum((_exact(layer, group, cut) for layer, cut in cuts(layers, method)), Cost())
 
 
 # What is sent
@@ -202,11 +211,37 @@ def phantom_collectives(layer: Layer, group: Group, num_blocks: int, k: int) -> 
     return found
 
 
-def exact_collectives(layer: Layer, group: Group, row: bool) -> list[Collective]:
-    """Those of a dense layer that is cut by `row`, or by column; see the module's docstring."""
+class Cut(NamedTuple):
+    """How tensor parallelism cuts a dense layer.
+
+    Attributes:
+        row: by row, or by column.
+        by_torch: whether torch's own does.
+        reads_whole: whether it finds whole tokens, where torch's own cuts by row.
+    """
+
+    row: bool = False
+    by_torch: bool = False
+    reads_whole: bool = False
+
+
+def cuts(layers: Sequence[Layer], method: str) -> Iterator[tuple[Layer, Cut]]:
+    """Each layer, and how a method of `TENSOR_PARALLEL` cuts it."""
+    whole = False
+    for layer in as_layers(layers):
+        row = method != "tensor_parallel_layerwise" and is_row(layer)
+        yield layer, Cut(row, method == "tensor_parallel_torch", layer.enters or whole)
+        if not row:
+            whole = layer.leaves  # torch gathers it for all that read it
+
+
+def exact_collectives(layer: Layer, group: Group, cut: Cut) -> list[Collective]:
+    """Those of a dense layer that is cut so; see the module's docstring."""
     if group.num_ranks == 1:
         return []
-    ways = (False, True)
+    if cut.by_torch:
+        return _torch_collectives(layer, group, cut)
+    ways, row = (False, True), cut.row
     found: list[Collective] = []
     if not layer.shares_input and (layer.enters or not row):
         sent = group.exchanged(layer.in_features) if row else group.gathered(layer.in_features)
@@ -215,6 +250,16 @@ def exact_collectives(layer: Layer, group: Group, row: bool) -> list[Collective]
         found += [Collective("output", back, group.gathered(layer.out_features), 1, True) for back in ways]
     elif layer.leaves:
         found += [Collective("output", back, group.exchanged(layer.out_features), 1, True) for back in ways]
+    return found
+
+
+def _torch_collectives(layer: Layer, group: Group, cut: Cut) -> list[Collective]:
+    """All-reduces of what a row-parallel layer returns and of a column-parallel one's gradient; siblings share none."""
+    ends = cut.row or layer.leaves
+    output = (2 if cut.row else 1) * group.gathered(layer.out_features)  # a sum, or what leaves a column-parallel one
+    found = [Collective("output", False, output, 1, True)] if ends else []
+    if layer.needs_input_grad and (cut.reads_whole or not cut.row):
+        found.append(Collective("input", True, (1 if cut.row else 2) * group.gathered(layer.in_features), 1, True))
     return found
 
 
@@ -228,11 +273,11 @@ def _phantom(layer: Layer, group: Group, p: int, k: int) -> Cost:
     return _cost(weights, products, backward, group, phantom_collectives(layer, group, p, k))
 
 
-def _exact(layer: Layer, group: Group, row: bool) -> Cost:
+def _exact(layer: Layer, group: Group, cut: Cut) -> Cost:
     products = layer.in_features * layer.out_features // group.num_ranks
-    weights = products + layer.bias * (layer.out_features if row else layer.out_features // group.num_ranks)
+    weights = products + layer.bias * (layer.out_features if cut.row else layer.out_features // group.num_ranks)
     backward = products * (1 + layer.needs_input_grad)
-    return _cost(weights, products, backward, group, exact_collectives(layer, group, row))
+    return _cost(weights, products, backward, group, exact_collectives(layer, group, cut))
 
 
 def _cost(weights: int, forward: int, backward: int, group: Group, collectives: Sequence[Collective]) -> Cost:

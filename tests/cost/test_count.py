@@ -12,9 +12,12 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from torch import nn
+from torch.distributed import init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_phantom.commands.compare.methods import torch_plan
 from lightning_phantom.config import PhantomConfig, TensorParallelConfig
 from lightning_phantom.cost.count import Cost, estimate_cost
 from lightning_phantom.cost.data_parallel import BUCKET_BYTES, estimate_data_parallel
@@ -22,6 +25,7 @@ from lightning_phantom.cost.layer import Layer
 from lightning_phantom.distributed.comm import record_traffic
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers.split import split_layers
+from lightning_phantom.measure.counted import Counted
 from lightning_phantom.plan.finder import plan_phantom, plan_tensor_parallel
 from lightning_phantom.swap import carry_out
 
@@ -148,8 +152,27 @@ CASES = [
 ]
 
 
+def torchs_step(name, needs_grad):
+    """What a step has taken that torch's own parallelize_module has split, and the layers; None where it cannot."""
+    module, size = MODULES[name](), dist.get_world_size()
+    try:
+        plan, styles = torch_plan(module, size)
+    except PhantomError:
+        return None
+    layers = [replace(layer, needs_input_grad=layer.depth > 0 or needs_grad) for layer in plan.cost_layers()]
+    parallelize_module(module, init_device_mesh("cpu", (size,)), styles)
+    x = torch.randn(size * TOKENS, layers[0].in_features, requires_grad=needs_grad)
+    module(x).sum().backward()  # the first time torch also runs its operations without numbers, to learn their shapes
+    with Counted(size) as counted:
+        module(x).sum().backward()
+    weights = sum(p.to_local().numel() for p in module.parameters() if hasattr(p, "to_local"))
+    return layers, (weights, counted.flops, counted.traffic.total_bytes, counted.traffic.total_calls)
+
+
 def every_step():
-    return [step(*case, dist.group.WORLD) for case in CASES], averaged()
+    names = [name for name in MODULES if name not in ("residual", "alone")]  # which torch cannot, or no plan finds
+    by_torch = {(name, grad): torchs_step(name, grad) for name in names for grad in (True, False)}
+    return [step(*case, dist.group.WORLD) for case in CASES], averaged(), by_torch
 
 
 def averaged():
@@ -178,7 +201,7 @@ def check(seen, size):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_step_on_several_ranks_takes_what_is_counted(size):
-    for steps, (weights, flops, elements) in run_ranks(size, every_step):
+    for steps, (weights, flops, elements), by_torch in run_ranks(size, every_step):
         assert len(steps) == len(CASES)
         for seen in steps:
             check(seen, size)
@@ -191,6 +214,10 @@ def test_a_step_on_several_ranks_takes_what_is_counted(size):
         assert (weights, flops) == (ddp.weights, ddp.flops)
         assert ddp.weight_bytes == ddp.sent_bytes == 2 * (size - 1) * 4 * elements // size
         assert ddp.calls == 1
+        assert {name for (name, _), seen in by_torch.items() if seen is not None} >= {"pair", "four", "norms", "gated"}
+        for case, (layers, taken) in ((case, seen) for case, seen in by_torch.items() if seen is not None):
+            cost = estimate_cost(layers, size, 1, size, size * TOKENS).tensor_parallel_torch
+            assert taken == (cost.weights, cost.flops, cost.sent_bytes, cost.calls), case
 
 
 def test_a_step_of_one_process_takes_what_is_counted():
