@@ -25,7 +25,7 @@ for shards where W > R, is not counted in their rows: it depends on W, and on th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lightning_phantom.config import check_phantom_width, is_int, resolve_phantom_width
@@ -50,6 +50,7 @@ class Cost:
         boundary_bytes: bytes of activations and their gradients sent where layers read and write whole tokens.
         calls: collectives issued.
         weight_bytes: bytes of weights and of their gradients sent: what data parallelism sends.
+        replicated: parameters of those held that every rank holds alike.
     """
 
     weights: int = 0
@@ -59,6 +60,7 @@ class Cost:
     boundary_bytes: int = 0
     calls: int = 0
     weight_bytes: int = 0
+    replicated: int = 0
 
     @property
     def flops(self) -> int:
@@ -277,7 +279,8 @@ def _exact(layer: Layer, group: Group, cut: Cut) -> Cost:
     products = layer.in_features * layer.out_features // group.num_ranks
     weights = products + layer.bias * (layer.out_features if cut.row else layer.out_features // group.num_ranks)
     backward = products * (1 + layer.needs_input_grad)
-    return _cost(weights, products, backward, group, exact_collectives(layer, group, cut))
+    cost = _cost(weights, products, backward, group, exact_collectives(layer, group, cut))
+    return replace(cost, replicated=layer.bias * cut.row * layer.out_features)
 
 
 def _cost(weights: int, forward: int, backward: int, group: Group, collectives: Sequence[Collective]) -> Cost:

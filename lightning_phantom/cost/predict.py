@@ -15,18 +15,19 @@ from dataclasses import dataclass
 
 from lightning_phantom.config import resolve_phantom_width
 from lightning_phantom.cost.count import (
+    TENSOR_PARALLEL,
     Collective,
     Cost,
+    Cut,
     Group,
+    cuts,
     element_bytes_of,
     exact_collectives,
     phantom_collectives,
 )
-from lightning_phantom.cost.data_parallel import NOTHING, Rest, ddp_cost
-from lightning_phantom.cost.layer import Layer, as_layers, is_row
-
-METHODS = ("ddp", "fsdp", "tensor_parallel", "tensor_parallel_layerwise", "phantom")
-OTHERS = METHODS[:-1]  # which train the dense model
+from lightning_phantom.cost.data_parallel import NOTHING, Dense, Divided
+from lightning_phantom.cost.layer import Layer
+from lightning_phantom.cost.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -129,34 +130,53 @@ def predict(
     tokens: int,
     machine: Machine,
     dtype: str = "float32",
-    rest: Rest = NOTHING,
+    rest: Dense = NOTHING,
+    exact: Divided | None = None,
+    smaller: Dense | None = None,
 ) -> dict[str, StepTime]:
-    """Predict the step (forward and backward, no optimizer) of these layers, by method (`METHODS`).
+    """Predict the step of a model, forward and backward, by method (`METHODS`).
 
-    The arguments are `estimate_cost`'s; `layers` come from `Plan.cost_layers`. DDP and FSDP train the dense layers on
-    as many ranks. `rest` is computed under every method alike.
+    The arguments are `estimate_cost`'s; `layers` come from `Plan.cost_layers`, and `rest` is what else the model has.
+    `exact` is how tensor parallelism divides it, if not into the same; `smaller` is the smaller dense model, if any.
     """
-    group = Group(num_ranks, tokens, element_bytes_of(dtype))
-    alone = Group(1, -(-tokens // num_ranks), group.element_bytes)  # own tokens
-    stages: dict[str, list[Stage]] = {method: [] for method in METHODS}
-    averaged = {method: rest.cost(num_ranks, tokens, dtype) for method in METHODS}
-    averaged["ddp"] = ddp_cost((*layers, *rest.layers), num_ranks, tokens, dtype, rest.weights)
-    averaged["fsdp"] = Cost()  # layer by layer
-    for layer in as_layers(layers):
+    model = Divided(tuple(layers), rest)
+    exact, size = exact or model, element_bytes_of(dtype)
+    group, of_ranks = Group(num_ranks, tokens, size), (num_ranks, tokens, dtype)
+    phantom: list[Stage] = []
+    for layer in model.layers:
         width = phantom_width if layer.phantom_width is None else layer.phantom_width
         k = resolve_phantom_width(width, layer.in_features, layer.out_features, num_blocks)
-        stages["ddp"] += exact_stages(layer, False, alone)
-        stages["fsdp"] += fsdp_stages(layer, alone, num_ranks)
-        stages["tensor_parallel"] += exact_stages(layer, is_row(layer), group)
-        stages["tensor_parallel_layerwise"] += exact_stages(layer, False, group)
-        stages["phantom"] += phantom_stages(layer, num_blocks, k, group)
-    for method, own in stages.items():
-        for layer in rest.layers:
-            own += fsdp_stages(layer, alone, num_ranks) if method == "fsdp" else exact_stages(layer, False, alone)
-        backward = sum((stage.work for stage in own if stage.backward), Work())
-        own.append(Stage(Work(), backward, averaged[method].weight_bytes, averaged[method].calls, True))
-    stages["fsdp"].append(_weights_alone(rest.weights, num_ranks, group.element_bytes))
-    return {method: step_time(stages[method], machine, group.element_bytes) for method in METHODS}
+        phantom += phantom_stages(layer, num_blocks, k, group)
+    dense = model.dense
+    stages = {"ddp": _replicated(dense, dense.cost(*of_ranks), num_ranks, tokens), "fsdp": _fully_sharded(dense, num_ranks, tokens, size)}
+    for method in TENSOR_PARALLEL if exact.layers else ():
+        cut = [s for each in cuts(exact.layers, method) for s in exact_stages(*each, group)]
+        # Outside its layers every rank of torch's own has all tokens, and no gradient is averaged.
+        ranks = 1 if method == "tensor_parallel_torch" else num_ranks
+        averaged = exact.averaged(method == "tensor_parallel", ranks, tokens, dtype)
+        stages[method] = _replicated(exact.rest, averaged, ranks, tokens, cut)
+    stages["phantom"] = _replicated(rest, rest.cost(*of_ranks), num_ranks, tokens, phantom)
+    if smaller is not None:
+        stages["smaller"] = _replicated(smaller, smaller.cost(*of_ranks), num_ranks, tokens)
+    return {method: step_time(stages[method], machine, size) for method in METHODS if method in stages}
+
+
+def _replicated(
+    dense: Dense, averaged: Cost, num_ranks: int, tokens: int, beside: Sequence[Stage] = ()
+) -> list[Stage]:
+    """What every rank computes of its own tokens; gradients are averaged during all of the backward."""
+    alone = Group(1, -(-tokens // num_ranks), 0)
+    stages = [*beside, *(s for layer in dense.layers for s in exact_stages(layer, Cut(), alone))]
+    backward = sum((stage.work for stage in stages if stage.backward), Work())
+    return [*stages, Stage(Work(), backward, averaged.weight_bytes, averaged.calls, True)]
+
+
+def _fully_sharded(dense: Dense, num_ranks: int, tokens: int, element_bytes: int) -> list[Stage]:
+    """The same under FSDP, layer by layer, and what is of no linear together."""
+    alone = Group(1, -(-tokens // num_ranks), element_bytes)
+    others = 3 * ((num_ranks - 1) * dense.weights * element_bytes // num_ranks)
+    stages = [s for layer in dense.layers for s in fsdp_stages(layer, alone, num_ranks)]
+    return [*stages, Stage(sent_bytes=others, calls=3 * (dense.weights > 0) * (num_ranks > 1))]
 
 
 def step_time(stages: Iterable[Stage], machine: Machine, element_bytes: int) -> StepTime:
@@ -171,9 +191,9 @@ def step_time(stages: Iterable[Stage], machine: Machine, element_bytes: int) -> 
     return StepTime(compute, communication, waited)
 
 
-def exact_stages(layer: Layer, row: bool, group: Group) -> list[Stage]:
-    """Forward and backward of a dense layer cut by `row` or by column, in the words of `layers.tensor_parallel`."""
-    ranks, tokens = group.num_ranks, group.tokens
+def exact_stages(layer: Layer, cut: Cut, group: Group) -> list[Stage]:
+    """Forward and backward of a dense layer that is cut so, in the words of `layers.tensor_parallel`."""
+    ranks, tokens, row = group.num_ranks, group.tokens, cut.row
     in_here, out_here = layer.in_features, layer.out_features
     in_here, out_here = (in_here // ranks, out_here) if row else (in_here, out_here // ranks)
     weight_grad = product(1, out_here, tokens, in_here)
@@ -191,7 +211,9 @@ def exact_stages(layer: Layer, row: bool, group: Group) -> list[Stage]:
         ("output", True, True): own_share,
     }
     stages = [Stage(product(1, tokens, in_here, out_here)), Stage(backward, backward=True)]
-    for sent in exact_collectives(layer, group, row):
+    if cut.by_torch:
+        return stages + [_stage(sent, Work(), Work()) for sent in exact_collectives(layer, group, cut)]
+    for sent in exact_collectives(layer, group, cut):
         exchanged = sent.of == ("input" if row else "output")
         width = layer.in_features if row else layer.out_features
         around = copy(tokens * width // ranks) if exchanged else Work()
@@ -201,18 +223,12 @@ def exact_stages(layer: Layer, row: bool, group: Group) -> list[Stage]:
 
 def fsdp_stages(layer: Layer, alone: Group, num_ranks: int) -> list[Stage]:
     """Forward and backward of a dense layer on own tokens, whose weights are gathered for each."""
-    forward, backward = exact_stages(layer, False, alone)
+    forward, backward = exact_stages(layer, Cut(), alone)
     if num_ranks == 1:
         return [forward, backward]
     sent = (num_ranks - 1) * layer.dense_weights * alone.element_bytes // num_ranks
     gathered = Stage(hidden_behind=forward.work, sent_bytes=sent, calls=1)
     return [forward, backward, gathered, Stage(Work(), backward.work, 2 * sent, 2, True)]
-
-
-def _weights_alone(weights: int, num_ranks: int, element_bytes: int) -> Stage:
-    """What FSDP sends of weights that are of no linear layer."""
-    calls = 3 * (weights > 0) * (num_ranks > 1)
-    return Stage(sent_bytes=3 * ((num_ranks - 1) * weights * element_bytes // num_ranks), calls=calls)
 
 
 def phantom_stages(layer: Layer, num_blocks: int, k: int, group: Group) -> list[Stage]:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
 
-from lightning_phantom.cost.count import ELEMENT_BYTES, Group
+from lightning_phantom.cost.count import ELEMENT_BYTES, Cut, Group
 from lightning_phantom.cost.layer import Layer
 from lightning_phantom.cost.predict import Machine, Work, exact_stages, phantom_stages
 from lightning_phantom.distributed.comm import barrier
@@ -105,7 +105,7 @@ def _timed_layer(features: int, p: int, k: int, tokens: int, kind: Any, group: d
     n, alone = features, Group(1, tokens, 0)
     if p == 1:
         layer: nn.Module = nn.Linear(n, n, **kind)
-        stages = exact_stages(Layer(n, n), False, alone)
+        stages = exact_stages(Layer(n, n), Cut(), alone)
     else:
         layer = PhantomLinear(n, n, p, k, **kind)
         stages = phantom_stages(Layer(n, n), p, k, alone)

@@ -14,13 +14,14 @@ from benchmarks.ffn import FeedForward, RandomVectors
 from lightning_phantom.commands.cli import main
 from lightning_phantom.commands.compare.command import Comparison, Job
 from lightning_phantom.commands.compare.methods import SharedBatches, torch_plan
-from lightning_phantom.commands.compare.options import EXACT, METHODS, parse
+from lightning_phantom.commands.compare.options import parse
 from lightning_phantom.commands.compare.report import summarise
 from lightning_phantom.commands.compare.smaller import smaller_argument
 from lightning_phantom.commands.compare.trial import Memory
 from lightning_phantom.config import PhantomConfig
 from lightning_phantom.cost.count import estimate_cost
 from lightning_phantom.cost.data_parallel import estimate_data_parallel
+from lightning_phantom.cost.methods import EXACT, METHODS
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.plan.finder import plan_phantom
 
@@ -172,18 +173,18 @@ def test_a_smaller_model_is_made_of_the_config_where_its_width_has_a_name(tmp_pa
     def argument(config, blocks=4, width=0.25):
         (tmp_path / "run.yaml").write_text(config)
         request = parse(["--config", str(tmp_path / "run.yaml")])
-        found = smaller_argument(request.recipe("smaller"), PhantomConfig(blocks, width))
+        name, value = smaller_argument(request.recipe("smaller"), PhantomConfig(blocks, width))
         module = request.recipe("smaller").make_module()
         plan = plan_phantom(module, PhantomConfig(blocks, width))
         phantom = sum(p.numel() for p in module.parameters())
         phantom -= sum(layer.weights_before - layer.weights_after for layer in plan.swapped)
-        smaller = sum(p.numel() for p in request.recipe("smaller", found).make_module().parameters())
-        return found, smaller / phantom
+        smaller = sum(p.numel() for p in request.recipe("smaller", f"model.{name}={value}").make_module().parameters())
+        return name, smaller / phantom
 
     name, ratio = argument(LM)
-    assert name.startswith("model.width=") and 0.9 <= ratio <= 1.1
+    assert name == "width" and 0.9 <= ratio <= 1.1
     name, ratio = argument(CONFIG)
-    assert name.startswith("model.hidden=") and 0.9 <= ratio <= 1.1
+    assert name == "hidden" and 0.9 <= ratio <= 1.1
     nameless = CONFIG.replace("benchmarks.ffn.FeedForward", "test_compare.Nameless").replace(
         "{width: 32, depth: 4}", "{}"
     )

@@ -241,18 +241,22 @@ def test_the_table():
     gathered, products = size * entry, n * n // size
     exact = Cost(products, 2 * b * products, 4 * b * products, 0, 2 * gathered + 2 * entry, 4)
     assert cost.tensor_parallel == cost.tensor_parallel_layerwise == exact
+    by_torch = Cost(products, 2 * b * products, 4 * b * products, 0, gathered + 2 * gathered, 2)
+    assert cost.tensor_parallel_torch == by_torch  # its end is gathered, and the gradient of its input summed
     pair = estimate_cost([(n, n), (n, n)], p, k, size, b, torch.bfloat16)
     assert (pair.tensor_parallel.sent_bytes, pair.tensor_parallel.calls) == (4 * gathered, 4)
+    assert pair.tensor_parallel.replicated == pair.tensor_parallel_torch.replicated == n  # what is added to the sum
+    assert (pair.tensor_parallel_torch.sent_bytes, pair.tensor_parallel_torch.calls) == (4 * gathered, 2)
     assert (pair.tensor_parallel_layerwise.layer_bytes, pair.tensor_parallel_layerwise.calls) == (2 * gathered, 6)
     both = estimate_data_parallel(one, size, b, "bfloat16")
     forward, sent = 2 * (b // size) * n * n, (size - 1) * n * n * s // size
-    assert both.ddp == Cost(n * n, forward, 2 * forward, calls=1, weight_bytes=2 * sent)
+    assert both.ddp == Cost(n * n, forward, 2 * forward, calls=1, weight_bytes=2 * sent, replicated=n * n)
     assert both.fsdp == Cost(n * n // size, forward, 2 * forward, calls=3, weight_bytes=3 * sent)
 
 
 def test_data_parallel_edges():
     alone = estimate_data_parallel([(8, 8)], 1, 5, entry_needs_grad=False)
-    assert alone.ddp == alone.fsdp == Cost(72, 640, 640)
+    assert alone.fsdp == Cost(72, 640, 640) and alone.ddp == replace(alone.fsdp, replicated=72)
     wide = estimate_data_parallel([(2**12, 2**12)] * 2, 2, 8).ddp
     assert wide.calls == math.ceil(wide.weights * 4 / BUCKET_BYTES) == 6
     assert estimate_data_parallel([(4, 5)], 2, 8).fsdp.weights == 3 * 5  # rank 0's three of five rows
