@@ -31,7 +31,7 @@ from lightning_phantom.swap import nothing_qualifies
 
 DESCRIPTION = """\
 Show what phantom parallelism would do to a model, and what a training step would cost on so many ranks by every method
-that `compare` runs: DDP and FSDP of the dense model, tensor parallelism (TP), phantom, and DDP of a smaller dense model.
+that `compare` runs: DDP and FSDP of the dense model, tensor parallelism (TP), phantom, DDP of a smaller dense model.
 Makes the module of the config, no data and no Trainer; trains nothing.
 
 Weights, FLOPs of linears, bytes and calls are counted, exactly. Times are predicted from this machine's own rates,

@@ -42,7 +42,10 @@ def cost_table(here: Scale, origin: dict[str, str]) -> Any:
             f"{cost.weights:,}",
             f"{cost.replicated:,}",
             f"{cost.flops / 1e9:.3f}",
-            *(f"{sent / 1e6:.3f}" for sent in (cost.sent_bytes, cost.layer_bytes, cost.boundary_bytes, cost.weight_bytes)),
+            *(
+                f"{sent / 1e6:.3f}"
+                for sent in (cost.sent_bytes, cost.layer_bytes, cost.boundary_bytes, cost.weight_bytes)
+            ),
             str(cost.calls),
             f"{1e3 * time.seconds:.2f}",
             f"{1e3 * time.waited_s:.2f}",
@@ -129,8 +132,8 @@ def verdict(same_ranks: Sequence[Scale], one_block: Sequence[Scale], here: Scale
         row = best(same_ranks)
         pays = (row.ratio("step") or 0) < 1
         lines.append(
-            f"On {here.num_ranks} ranks the shortest predicted step is at p={row.num_blocks}: {row.ratio('step'):.3f} of "
-            f"{LABELS[row.fastest]}'s, the fastest of those that train the dense model."
+            f"On {here.num_ranks} ranks the shortest predicted step is at p={row.num_blocks}: "
+            f"{row.ratio('step'):.3f} of {LABELS[row.fastest]}'s, the fastest of those that train the dense model."
             + ("" if pays else f" Phantom does not pay here: take {LABELS[row.fastest]}.")
             + " A phantom layer is a smaller function at every p: compare losses too."
         )
@@ -146,8 +149,8 @@ def verdict(same_ranks: Sequence[Scale], one_block: Sequence[Scale], here: Scale
     if isinstance(k := setting.phantom_width, int):
         widest = max(layer.in_features for layer in setting.layers)
         lines.append(
-            f"At k={k} a layer of {widest:,} features has fewest weights near p = sqrt(n/k) = {(widest / k) ** 0.5:.0f}; "
-            f"with more blocks its total grows again."
+            f"At k={k} a layer of {widest:,} features has fewest weights near p = sqrt(n/k) = "
+            f"{(widest / k) ** 0.5:.0f}; with more blocks its total grows again."
         )
     return "\n".join(lines)
 
@@ -166,7 +169,9 @@ def _by_width(here: Scale, setting: Setting) -> str:
 
 def _by_latency(here: Scale, setting: Setting) -> str:
     fixed, whole = here.costs["phantom"].calls * setting.machine.latency_s, here.times["phantom"].communication_s
-    words = f"Phantom's {here.costs['phantom'].calls} collectives take {1e3 * whole:.2f} ms a step, {1e3 * fixed:.2f} of "
+    words = (
+        f"Phantom's {here.costs['phantom'].calls} collectives take {1e3 * whole:.2f} ms a step, {1e3 * fixed:.2f} of "
+    )
     words += "them however little they send"
     if 2 * fixed > whole:
         return f"{words}: bound by latency, so more tokens on each rank or a larger k take little longer."

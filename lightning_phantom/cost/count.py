@@ -18,8 +18,10 @@ features. Phantom goes from one to the other and back in all-to-alls. A column-p
 at the entry, features inside) and reduce-scatters its gradient; a row-parallel one reduce-scatters its output and
 gathers its gradient; a column-parallel one whose output leaves ends in an all-to-all. "Twice" is forward and backward,
 but for an input that needs no gradient. Torch's own TP cuts the same pairs, but all its ranks hold the same b tokens
-outside: nothing enters, sums are all-reduced, and what is no such layer each rank computes for all b. What DDP sends for the parameters of TP and phantom that every rank holds, and
-for shards where W > R, is not counted in their rows: it depends on W, and on the rest of the model.
+outside: nothing enters, sums are all-reduced, and what is no such layer each rank computes for all b.
+
+What DDP sends for the parameters of TP and phantom that every rank holds, and for shards where W > R, is not counted in
+their rows: it depends on W, and on the rest of the model.
 """
 
 from __future__ import annotations

@@ -62,8 +62,10 @@ class Divided:
         return replace(self.rest, layers=(*self.layers, *self.rest.layers))
 
     def averaged(self, cut_by_row: bool, num_ranks: int, tokens: int, dtype: object = "float32") -> Cost:
-        """What the rest costs a rank. The biases of layers that are cut by row are averaged with it, held with those."""
-        biases = sum(layer.bias * layer.out_features for layer in as_layers(self.layers) if cut_by_row and is_row(layer))
+        """What the rest costs a rank, with the averaging of biases that row-parallel layers hold."""
+        biases = sum(
+            layer.bias * layer.out_features for layer in as_layers(self.layers) if cut_by_row and is_row(layer)
+        )
         cost = replace(self.rest, weights=self.rest.weights + biases).cost(num_ranks, tokens, dtype)
         return replace(cost, weights=cost.weights - biases, replicated=cost.replicated - biases)
 

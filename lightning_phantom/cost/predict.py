@@ -148,7 +148,10 @@ def predict(
         k = resolve_phantom_width(width, layer.in_features, layer.out_features, num_blocks)
         phantom += phantom_stages(layer, num_blocks, k, group)
     dense = model.dense
-    stages = {"ddp": _replicated(dense, dense.cost(*of_ranks), num_ranks, tokens), "fsdp": _fully_sharded(dense, num_ranks, tokens, size)}
+    stages = {
+        "ddp": _replicated(dense, dense.cost(*of_ranks), num_ranks, tokens),
+        "fsdp": _fully_sharded(dense, num_ranks, tokens, size),
+    }
     for method in TENSOR_PARALLEL if exact.layers else ():
         cut = [s for each in cuts(exact.layers, method) for s in exact_stages(*each, group)]
         # Outside its layers every rank of torch's own has all tokens, and no gradient is averaged.
@@ -161,9 +164,7 @@ def predict(
     return {method: step_time(stages[method], machine, size) for method in METHODS if method in stages}
 
 
-def _replicated(
-    dense: Dense, averaged: Cost, num_ranks: int, tokens: int, beside: Sequence[Stage] = ()
-) -> list[Stage]:
+def _replicated(dense: Dense, averaged: Cost, num_ranks: int, tokens: int, beside: Sequence[Stage] = ()) -> list[Stage]:
     """What every rank computes of its own tokens; gradients are averaged during all of the backward."""
     alone = Group(1, -(-tokens // num_ranks), 0)
     stages = [*beside, *(s for layer in dense.layers for s in exact_stages(layer, Cut(), alone))]

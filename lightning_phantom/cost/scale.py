@@ -121,7 +121,7 @@ class Setting:
             costs["smaller"] = self.smaller.cost(*of_ranks)
         times = predict(layers, *arguments, self.machine, self.dtype, self.rest, exact, self.smaller)
         methods = [method for method in METHODS if method in costs and method not in self.left_out]
-        costs, times = ({method: each[method] for method in methods} for each in (costs, times))
+        costs, times = {m: costs[m] for m in methods}, {m: times[m] for m in methods}
         widths = tuple(sorted({layer.phantom_width or 0 for layer in layers}))
         return Scale(num_blocks, widths, num_ranks, self.tokens, self.dtype, costs, times)
 
@@ -136,7 +136,9 @@ class Setting:
 
         def wider(layers: Sequence[Layer]) -> tuple[Layer, ...]:
             return tuple(
-                replace(layer, in_features=int(layer.in_features * factor), out_features=int(layer.out_features * factor))
+                replace(
+                    layer, in_features=int(layer.in_features * factor), out_features=int(layer.out_features * factor)
+                )
                 for layer in layers
             )
 
