@@ -20,7 +20,7 @@ from lightning_phantom.config import PhantomConfig, TensorParallelConfig
 from lightning_phantom.cost.count import ELEMENT_BYTES, TENSOR_PARALLEL
 from lightning_phantom.cost.data_parallel import NOTHING, Dense, Divided
 from lightning_phantom.cost.layer import Layer
-from lightning_phantom.cost.predict import Machine
+from lightning_phantom.cost.machine import Machine
 from lightning_phantom.cost.scale import Setting
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.measure.machine import measure_here
@@ -83,7 +83,7 @@ def main(args: Sequence[str]) -> None:
     if options.simulate_ranks is not None:
         ranks = options.simulate_ranks
         blocks, tokens = options.num_blocks or ranks, -(-options.tokens // ranks) * ranks
-        wide = replace(setting, tokens=tokens, rest=NOTHING, exact=None).scale(blocks, ranks)
+        wide = replace(setting, tokens=tokens, rest=NOTHING, exact=None, beside=False).scale(blocks, ranks)
         shares = [replace(layer, phantom_width=setting.width(layer, blocks)) for layer in setting.layers]
         measured = simulate(shares, blocks, ranks, tokens, options.dtype)
         show(simulation_table(wide, measured))
@@ -158,9 +158,18 @@ def request(options: argparse.Namespace, recipe: Recipe) -> tuple[PhantomConfig,
 def divided(module: nn.Module, plan: Plan) -> Divided:
     """A module as the cost model sees it where a plan is carried out."""
     held = sum(p.numel() for p in module.parameters() if not is_lazy(p))
-    linears = tuple(Layer(one.in_features, one.out_features, one.bias) for one in plan.layers if not one.swapped)
+    first = next((name for name, _ in module.named_parameters()), "").rpartition(".")[0]
+    linears = tuple(
+        Layer(one.in_features, one.out_features, one.bias, needs_input_grad=one.name != first)
+        for one in plan.layers
+        if not one.swapped
+    )
     rest = Dense(linears, max(0, held - sum(one.weights_before for one in plan.layers)))
-    return Divided(tuple(plan.cost_layers()), rest)
+    # What no parameter comes before reads the data, which need no gradient.
+    reads_data = {name for ffn in plan.ffns for group in ffn.groups if first in group.names for name in group.names}
+    names = [name for ffn in plan.ffns for group in ffn.groups for name in group.names]
+    layers = zip(names, plan.cost_layers(), strict=True)
+    return Divided(tuple(replace(one, needs_input_grad=name not in reads_data) for name, one in layers), rest)
 
 
 def by_other_methods(
@@ -202,5 +211,7 @@ def _machine(options: argparse.Namespace, num_ranks: int) -> tuple[Machine, dict
         # The rates of another machine: what cannot be given is left out, not taken from this one.
         return Machine(memory_bytes_per_s=float("inf"), op_s=0.0, **given), dict.fromkeys(given, "given")
     machine = measure_here(num_ranks, options.dtype)
+    if options.bandwidth is not None:  # of every kind of collective
+        machine = replace(machine, all_reduce_bytes_per_s=None, reduce_scatter_bytes_per_s=None)
     origin = dict.fromkeys(asdict(machine), "measured here") | dict.fromkeys(given, "given")
     return replace(machine, **given), origin

@@ -192,6 +192,7 @@ class Collective(NamedTuple):
         sent_bytes: bytes that this rank sends.
         calls: collectives issued; 0 where it travels in a sibling's.
         boundary: whether whole tokens are read or written there.
+        kind: `"all_reduce"` for torch's, by a rate of its own; else `"exchange"`.
     """
 
     of: str
@@ -199,6 +200,7 @@ class Collective(NamedTuple):
     sent_bytes: int
     calls: int = 1
     boundary: bool = False
+    kind: str = "exchange"
 
 
 def phantom_collectives(layer: Layer, group: Group, num_blocks: int, k: int) -> list[Collective]:
@@ -259,11 +261,15 @@ def exact_collectives(layer: Layer, group: Group, cut: Cut) -> list[Collective]:
 
 def _torch_collectives(layer: Layer, group: Group, cut: Cut) -> list[Collective]:
     """All-reduces of what a row-parallel layer returns and of a column-parallel one's gradient; siblings share none."""
-    ends = cut.row or layer.leaves
-    output = (2 if cut.row else 1) * group.gathered(layer.out_features)  # a sum, or what leaves a column-parallel one
-    found = [Collective("output", False, output, 1, True)] if ends else []
-    if layer.needs_input_grad and (cut.reads_whole or not cut.row):
-        found.append(Collective("input", True, (1 if cut.row else 2) * group.gathered(layer.in_features), 1, True))
+    left, entered, found = group.gathered(layer.out_features), group.gathered(layer.in_features), []
+    if cut.row:
+        found.append(Collective("output", False, 2 * left, 1, True, "all_reduce"))
+    elif layer.leaves:
+        found.append(Collective("output", False, left, 1, True))
+    if layer.needs_input_grad and not cut.row:
+        found.append(Collective("input", True, 2 * entered, 1, True, "all_reduce"))
+    elif layer.needs_input_grad and cut.reads_whole:
+        found.append(Collective("input", True, entered, 1, True))
     return found
 
 

@@ -40,6 +40,11 @@ class Dense:
         """What it costs a rank: products of its linears alone, and the averaging of all gradients."""
         return ddp_cost(self.layers, num_ranks, tokens, dtype, self.weights)
 
+    @property
+    def outputs(self) -> int:
+        """Features that its linears return, all together."""
+        return sum(layer.out_features for layer in self.layers)
+
 
 NOTHING = Dense()
 

@@ -10,8 +10,9 @@ from lightning_phantom.config import resolve_phantom_width
 from lightning_phantom.cost.count import TENSOR_PARALLEL, Cost, Group, element_bytes_of, estimate_cost, exact_cost
 from lightning_phantom.cost.data_parallel import NOTHING, Dense, Divided, fsdp_cost
 from lightning_phantom.cost.layer import Layer
+from lightning_phantom.cost.machine import Machine, StepTime
 from lightning_phantom.cost.methods import EXACT, METHODS
-from lightning_phantom.cost.predict import Machine, StepTime, predict
+from lightning_phantom.cost.predict import predict
 from lightning_phantom.errors import PhantomError
 
 MOST_BLOCKS = 4096
@@ -87,6 +88,7 @@ class Setting:
         exact: how tensor parallelism divides the model; None: into the same layers and the same rest.
         smaller: the smaller dense model; None: there is none.
         left_out: methods that cannot train this model, and why.
+        beside: whether what a step does beside linears and collectives counts, too (see `predict`).
     """
 
     layers: tuple[Layer, ...]
@@ -98,6 +100,7 @@ class Setting:
     exact: Divided | None = None
     smaller: Dense | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
+    beside: bool = True
 
     def scale(self, num_blocks: int, num_ranks: int) -> Scale:
         """Count and predict a step at this p on this many ranks.
@@ -119,7 +122,8 @@ class Setting:
             costs[method] = exact_cost(exact.layers, method, group) + rest
         if self.smaller is not None:
             costs["smaller"] = self.smaller.cost(*of_ranks)
-        times = predict(layers, *arguments, self.machine, self.dtype, self.rest, exact, self.smaller)
+        held = {method: cost.weights for method, cost in costs.items()} if self.beside else None
+        times = predict(layers, *arguments, self.machine, self.dtype, self.rest, exact, self.smaller, held)
         methods = [method for method in METHODS if method in costs and method not in self.left_out]
         costs, times = {m: costs[m] for m in methods}, {m: times[m] for m in methods}
         widths = tuple(sorted({layer.phantom_width or 0 for layer in layers}))

@@ -48,6 +48,9 @@ def config(tmp_path):
     return str(tmp_path / "run.yaml")
 
 
+RATES = ["--flops", "1e11", "--bandwidth", "10", "--latency", "1e-5"]
+
+
 def two_ranks(folder):
     (folder / "run.yaml").write_text(CONFIG)
     command = ["-m", "lightning_phantom", "compare", "--config", folder / "run.yaml", "--ranks", 2]
@@ -55,13 +58,16 @@ def two_ranks(folder):
     outputs = ["--json", folder / "c.json", "--plot", folder / "c.png"]
     own = ["--set", "phantom.model.lr=0.2", "--model.lr=0.05", "--tokens-per-sample", 7]
     out = program(*command, *options, *outputs, *own)
-    return out, json.loads((folder / "c.json").read_text()), (folder / "c.png").read_bytes()
+    plan = ["-m", "lightning_phantom", "plan", "--config", folder / "run.yaml", "--ranks", 2, "--tokens", 32, *RATES]
+    program(*plan, "--json", folder / "plan.json")
+    results = (json.loads((folder / name).read_text()) for name in ("c.json", "plan.json"))
+    return out, *results, (folder / "c.png").read_bytes()
 
 
 @pytest.mark.background.with_args(two_ranks)
 def test_compare_on_two_ranks(outcome):
-    """Every method in the same two processes: the exact ones agree, and traffic is what the cost model counts."""
-    out, result, picture = outcome
+    """Every method in the same two processes: the exact ones agree, and what they take is what `plan` has counted."""
+    out, result, planned, picture = outcome
     methods = result["methods"]
     assert list(methods) == list(METHODS)
     assert [(r["method"], r["round"]) for r in result["runs"]] == [(m, n) for n in (0, 1) for m in methods]  # in turn
@@ -103,6 +109,10 @@ def test_compare_on_two_ranks(outcome):
     whole = estimate_cost([(32, 32)] * 4, 2, 4, 1, 32).phantom.weights
     assert methods["phantom"]["weights_in_all"] == whole
     assert abs(methods["smaller"]["weights"] - whole) < 0.1 * whole
+    assert list(planned["here"]["methods"]) == list(METHODS)
+    for method, counted in planned["here"]["methods"].items():
+        for name in ("weights", "flops", "sent_bytes", "calls"):
+            assert counted[name] == methods[method][name], (method, name)
     assert result["fastest"] in EXACT and result["ratios"][result["fastest"]]["step"]["median"] == 1
     assert result["environment"]["ranks"] == 2
     assert not any("learning rate" in warning for warning in result["warnings"])  # phantom was given its own

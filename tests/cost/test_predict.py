@@ -1,6 +1,7 @@
 """The predicted step: its operations are the cost model's, and the plan command shows what it says."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,8 @@ def test_a_collective_is_waited_for_only_beyond_the_work_beside_it():
     seen = Stage(hidden_behind=Work(flops=100), sent_bytes=20, calls=1)  # 2 s more than the 1 s beside it
     time = step_time([Stage(Work(flops=500)), hidden, seen], machine, 4)
     assert (time.compute_s, time.communication_s, time.waited_s, time.seconds) == (5.0, 6.0, 2.0, 7.0)
+    half = step_time([hidden, seen], replace(machine, overlap=0.5), 4)
+    assert half.waited_s == (3 - 1.5) + (3 - 0.5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -111,6 +114,38 @@ def test_predicted_times_follow_the_counts():
     for method, time in whole.items():
         ranks = 2 if method == "tensor_parallel_torch" else 1  # each of which computes all of it
         assert time.seconds == pytest.approx(times[method].seconds + ranks * rest_flops / 1e9)
+
+
+def test_what_stands_beside_linears_and_collectives():
+    """With no time for products, starts and sending: what elements are read and written."""
+    memory_only, rest = Machine(float("inf"), 4.0, 0.0, float("inf"), 0.0), Dense((Layer(8, 24, False),), 100)
+    layers, small = [Layer(8, 16, False, enters=True), Layer(16, 8, False, leaves=True)], Dense((Layer(8, 4, False),))
+    held = {method: 1000 + n for n, method in enumerate(METHODS)}
+    arguments = (layers, 2, 1, 2, 64, memory_only, "float32", rest, None, small)
+    without, whole = predict(*arguments), predict(*arguments, held)
+    for method in METHODS:
+        outputs = 32 * (4 if method == "smaller" else 16 + 8 + 24)
+        outputs += 32 * (8 + 24) * (method == "tensor_parallel_torch")  # its ranks have all tokens there
+        expected = 5 * outputs + 3 * held[method]
+        assert whole[method].seconds - without[method].seconds == pytest.approx(expected), method
+
+
+def test_gradients_go_into_buckets_and_weights_out_of_shards():
+    memory_only, layer = Machine(float("inf"), 4.0, 0.0, float("inf"), 0.0), Layer(8, 16, False)
+    alone, two = (predict([layer], 2, 1, ranks, 64 * ranks, memory_only) for ranks in (1, 2))
+    assert two["ddp"].compute_s - alone["ddp"].compute_s == 4 * 128
+    assert two["fsdp"].compute_s - alone["fsdp"].compute_s == 2 * (2 * 128 + 2 * 64) + 2 * 128
+
+
+def test_every_kind_of_collective_has_its_rate():
+    machine = Machine(float("inf"), float("inf"), 0.0, 1e9, 0.0, 2e9, 4e9)
+    layers = [Layer(64, 64, False, enters=True), Layer(64, 64, False, leaves=True)]
+    sent = {m: predict(layers, 4, 2, 2, 96, machine)[m].communication_s * 1e9 for m in EXACT}
+    weights, activations = 2 * 64 * 64 * 4, 96 * 64 * 4
+    assert sent["ddp"] == pytest.approx(weights / 2)
+    assert sent["fsdp"] == pytest.approx(weights + weights / 2 / 4)
+    assert sent["tensor_parallel"] == pytest.approx(4 * activations / 2)
+    assert sent["tensor_parallel_torch"] == pytest.approx(2 * activations / 2)
 
 
 def test_nonnegative_fit():
@@ -254,17 +289,17 @@ def test_plan_command(tmp_path, capsys):
     out, result = run_plan(tmp_path, capsys, "--ranks", "2", "--num-blocks", "4", "--tokens", "256", *RATES)
     assert "Phantom plan: 3 of 3 linears, num_blocks=4" in out and "It stops paying" in out
     methods = result["here"]["methods"]
-    expected = estimate_cost([(64, 64)] * 3, 4, 0.25, 2, 256)
+    expected = estimate_cost([(64, 64)] * 3, 4, 0.25, 2, 256, entry_needs_grad=False)  # nothing is before it
     assert methods["phantom"]["sent_bytes"] == expected.phantom.sent_bytes
     assert methods["tensor_parallel"]["flops"] == expected.tensor_parallel.flops
     weights = 3 * (64 * 64 + 64)
     assert methods["ddp"]["weights"] == weights == 2 * methods["fsdp"]["weights"]
-    assert methods["ddp"]["sent_bytes"] == weights * 4 and methods["ddp"]["flops"] == 3 * 6 * 128 * 64**2
+    assert methods["ddp"]["sent_bytes"] == weights * 4 and methods["ddp"]["flops"] == (3 * 6 - 2) * 128 * 64**2
     assert methods["fsdp"]["sent_bytes"] == weights * 6
     assert list(methods) == list(METHODS) and compare.METHODS is METHODS  # one list with `compare`
     assert result["left_out"] == {} and "Left out" not in out
     assert methods["smaller"]["weights"] == pytest.approx(2 * methods["phantom"]["weights"], rel=0.1)
-    assert "features of the widest layer on (it has 64" in out and "Phantom's 10 collectives take" in out
+    assert "features of the widest layer on (it has 64" in out and "Phantom's 9 collectives take" in out
     assert result["here"]["fastest"] in methods and f"of {LABELS[result['here']['fastest']]}'s" in out
     assert result["machine_origin"] == dict.fromkeys(("flops_per_s", "latency_s", "link_bytes_per_s"), "given")
     assert f"{methods['phantom']['weights']:,}" in out
