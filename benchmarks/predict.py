@@ -90,16 +90,16 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case(2, "ffn", 1024, 4, 4, 32, 128),
+    Case(2, "ffn", 1024, 4, 4, 32, 256),
     Case(2, "ffn", 1792, 3, 8, 24, 192),
-    Case(2, "ffn", 2048, 2, 2, 64, 64),
+    Case(2, "ffn", 2048, 2, 2, 64, 128),
     Case(2, "transformer", 512, 2, 8, 0.25, 4, 128),
     Case(2, "transformer", 768, 1, 4, 0.25, 8, 64),
     Case(4, "ffn", 1024, 4, 4, 32, 128),
-    Case(4, "ffn", 1280, 3, 8, 16, 64),
+    Case(4, "ffn", 1280, 3, 8, 16, 96),
     Case(4, "transformer", 512, 1, 8, 0.25, 4, 128),
 )
-SMALL = (Case(2, "ffn", 64, 3, 4, 4, 8), Case(2, "transformer", 64, 1, 4, 0.25, 2, 16))
+SMALL = (Case(2, "transformer", 64, 1, 4, 0.25, 2, 16),)
 
 
 def measured_and_predicted(case: Case, job: Job, machine: Machine, folder: Path, lengths: list[str]) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predict", description=__doc__, formatter_class=kind)
     parser.add_argument("--rounds", type=int, default=2, help="fits of each method (default: 2)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of a fit (default: 5)")
-    parser.add_argument("--small", action="store_true", help="two tiny configurations, to see that it runs")
+    parser.add_argument("--small", action="store_true", help="one tiny configuration, to see that it runs")
     parser.add_argument("--out", type=Path, help="write all numbers there")
     args = parser.parse_args()
     lengths = ["--rounds", str(args.rounds), "--steps", str(args.steps), "--warmup", "2"]
