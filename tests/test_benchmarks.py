@@ -56,7 +56,11 @@ def test_predictions_lie_beside_what_every_method_takes(outcome):
 def test_errors_are_medians_over_the_configurations(capsys):
     def case(measured, predicted):
         both = {"measured": {"step_s": {"median": measured}}, "predicted": {"compute_s": predicted, "waited_s": 0.0}}
-        return {"case": predict.CASES[0]._asdict(), "methods": {"ddp": both, "phantom": both}, "left_out": {"fsdp": "why"}}
+        return {
+            "case": predict.CASES[0]._asdict(),
+            "methods": {"ddp": both, "phantom": both},
+            "left_out": {"fsdp": "why"},
+        }
 
     medians = predict.show([case(1.0, 1.1), case(1.0, 0.7), case(1.0, 1.2)])
     assert medians == pytest.approx({"ddp": 0.2, "phantom": 0.2, "all": 0.2})

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from lightning_phantom.cost.count import Cost, check_ints, element_bytes_of
 from lightning_phantom.cost.layer import Layer, as_layers, is_row
 
-BUCKET_BYTES = 25 * 2**20  # of gradients that DDP averages in one call, as torch has it
+FIRST_BUCKET_BYTES, BUCKET_BYTES = 2**20, 25 * 2**20  # of gradients at which DDP averages them, as torch has it
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,21 @@ def ddp_cost(layers: Sequence[Layer], num_ranks: int, tokens: int, dtype: object
         weights=weights,
         flops_forward=sum(products),
         flops_backward=sum(n * (1 + layer.needs_input_grad) for n, layer in zip(products, layers, strict=True)),
-        calls=-(-held_bytes // BUCKET_BYTES) * (num_ranks > 1),
+        calls=_buckets(layers, other_weights, element_bytes_of(dtype)) * (num_ranks > 1),
         weight_bytes=2 * ((num_ranks - 1) * held_bytes // num_ranks),
         replicated=weights,
     )
+
+
+def _buckets(layers: Sequence[Layer], other_weights: int, element_bytes: int) -> int:
+    """Calls in which DDP averages gradients: parameters from last to first, none cut; what is no linear at the end."""
+    of_layers = ((one.bias * one.out_features, one.in_features * one.out_features) for one in reversed(layers))
+    calls, filled, full = 0, 0, FIRST_BUCKET_BYTES
+    for weights in (*chain.from_iterable(of_layers), other_weights):
+        filled += weights * element_bytes
+        if filled >= full:
+            calls, filled, full = calls + 1, 0, BUCKET_BYTES
+    return calls + (filled > 0)
 
 
 def fsdp_cost(layers: Sequence[Layer], num_ranks: int, tokens: int, dtype: object, other_weights: int = 0) -> Cost:

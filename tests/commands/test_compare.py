@@ -216,6 +216,15 @@ class Fixed(FeedForward):
         super().__init__(width, 4)
 
 
+def test_ddps_calls_are_of_the_buckets_that_it_has_rebuilt(config, tmp_path, monkeypatch):
+    alone(monkeypatch)
+    monkeypatch.chdir(ROOT)
+    sizes = ["--model.width", "512", "--data.width", "512", "--json", str(tmp_path / "c.json")]
+    main(["compare", "--config", config, *sizes, "--methods", "ddp", "--rounds", "1", "--steps", "1", "--warmup", "2"])
+    calls = json.loads((tmp_path / "c.json").read_text())["methods"]["ddp"]["gradient_calls"]
+    assert calls == estimate_data_parallel([(512, 512)] * 4, 2, 8).ddp.calls == 2  # 1 MB first, then 25
+
+
 def test_a_method_that_fails_is_left_out_with_its_reason(tmp_path, monkeypatch, capsys):
     alone(monkeypatch)
     monkeypatch.chdir(ROOT)

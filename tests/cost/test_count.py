@@ -1,7 +1,6 @@
 """The cost model is what the layers do: weights, FLOPs, bytes and calls, to the last one."""
 
 import itertools
-import math
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_phantom.commands.compare.methods import torch_plan
 from lightning_phantom.config import PhantomConfig, TensorParallelConfig
 from lightning_phantom.cost.count import Cost, estimate_cost
-from lightning_phantom.cost.data_parallel import BUCKET_BYTES, estimate_data_parallel
+from lightning_phantom.cost.data_parallel import estimate_data_parallel
 from lightning_phantom.cost.layer import Layer
 from lightning_phantom.distributed.comm import record_traffic
 from lightning_phantom.errors import PhantomError
@@ -254,11 +253,20 @@ def test_the_table():
     assert both.fsdp == Cost(n * n // size, forward, 2 * forward, calls=3, weight_bytes=3 * sent)
 
 
+def buckets_of(module):
+    """How many buckets torch makes of a module's gradients, in the order in which they are ready."""
+    sizes = [p.numel() * 4 for p in reversed(list(module.parameters()))]
+    parameters = [torch.empty(size // 4, device="meta") for size in sizes]
+    assigned, _ = dist._compute_bucket_assignment_by_size(parameters, [dist._DEFAULT_FIRST_BUCKET_BYTES, 25 * 2**20])
+    return len(assigned)
+
+
 def test_data_parallel_edges():
     alone = estimate_data_parallel([(8, 8)], 1, 5, entry_needs_grad=False)
     assert alone.fsdp == Cost(72, 640, 640) and alone.ddp == replace(alone.fsdp, replicated=72)
-    wide = estimate_data_parallel([(2**12, 2**12)] * 2, 2, 8).ddp
-    assert wide.calls == math.ceil(wide.weights * 4 / BUCKET_BYTES) == 6
+    for width, depth in ((512, 4), (1024, 4), (2048, 2), (2048, 5)):  # a bucket closes with the parameter that fills it
+        counted = estimate_data_parallel([(width, width)] * depth, 2, 8).ddp
+        assert counted.calls == buckets_of(chain(*[width] * (depth + 1)))
     assert estimate_data_parallel([(4, 5)], 2, 8).fsdp.weights == 3 * 5  # rank 0's three of five rows
     with pytest.raises(PhantomError, match="layers is empty"):
         estimate_data_parallel([], 2, 8)
