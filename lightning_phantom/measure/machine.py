@@ -1,7 +1,7 @@
 """Measures the numbers of a `Machine`, with as many processes busy at once as there will be ranks on this host.
 
-The products' three come from a few small layers, dense and phantom, forward and backward, fitted by least squares on
-relative errors; those of the link from collectives of several sizes between the ranks, and from one beside a product.
+The products' three come from a few small layers, dense and phantom, forward and backward, and copies of tensors, fitted
+by least squares on relative errors; those of the link from collectives of several sizes between the ranks, and from one beside a product.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
 
 from lightning_phantom.cost.count import ELEMENT_BYTES, Cut, Group
 from lightning_phantom.cost.layer import Layer
-from lightning_phantom.cost.machine import Machine, Work
+from lightning_phantom.cost.machine import Machine, Work, copy
 from lightning_phantom.cost.predict import exact_stages, phantom_stages
 from lightning_phantom.distributed.comm import barrier, start_all_gather, start_all_reduce, start_reduce_scatter
 from lightning_phantom.distributed.ranks import Ranks
@@ -34,6 +34,7 @@ CALIBRATION = (
     *((256, 1, 0, 64), (1024, 1, 0, 256), (1536, 1, 0, 64), (384, 1, 0, 1024)),
     *((512, 4, 8, 64), (1024, 2, 64, 256), (1024, 8, 16, 512), (2048, 4, 32, 128), (2048, 2, 32, 256)),
 )
+COPIES = (2**20, 2**22)  # elements: without them small layers leave it open what is arithmetic and what is memory
 MESSAGES = (1, 2**12, 2**15, 2**18, 2**20)  # elements that each rank gives to an all-gather
 SUMMED = 2**20  # elements of each rank, where torch sums
 REPEATS = 7
@@ -85,7 +86,9 @@ def measure(group: dist.ProcessGroup, dtype: str = "float32", device: torch.devi
     """Measure on all ranks of `group` at once, with this process's threads; collective. The slowest rank's numbers."""
     ranks = Ranks(group)
     kind = {"dtype": getattr(torch, dtype), "device": torch.device(device)}
-    work, seconds = zip(*(_timed_layer(*sizes, kind, group) for sizes in CALIBRATION), strict=True)
+    timed = [_timed_layer(*sizes, kind, group) for sizes in CALIBRATION]
+    timed += [_timed_copy(elements, kind, group) for elements in COPIES]
+    work, seconds = zip(*timed, strict=True)
     size = ELEMENT_BYTES[dtype]
     per_flop, per_byte, per_op = nonnegative_fit([(w.flops, w.elements * size, w.ops) for w in work], seconds)
     per_sent, per_call, per_reduced, per_scattered, seen = 0.0, 0.0, 0.0, 0.0, 0.0
@@ -122,6 +125,11 @@ def _timed_layer(features: int, p: int, k: int, tokens: int, kind: Any, group: d
         layer(x).backward(grad)
 
     return sum((stage.work for stage in stages), Work()), median_seconds(step, x, group)
+
+
+def _timed_copy(elements: int, kind: Any, group: dist.ProcessGroup) -> tuple[Work, float]:
+    source, target = torch.randn(elements, **kind), torch.empty(elements, **kind)
+    return copy(elements), median_seconds(lambda: target.copy_(source), source, group)
 
 
 def _timed_exchange(elements: int, ranks: Ranks, kind: Any) -> tuple[int, float]:
