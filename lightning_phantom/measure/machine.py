@@ -1,7 +1,8 @@
 """Measures the numbers of a `Machine`, with as many processes busy at once as there will be ranks on this host.
 
 The products' three come from a few small layers, dense and phantom, forward and backward, and copies of tensors, fitted
-by least squares on relative errors; those of the link from collectives of several sizes between the ranks, and from one beside a product.
+by least squares on relative errors; those of the link from collectives of several sizes between the ranks, and from one
+beside a product.
 """
 
 from __future__ import annotations
