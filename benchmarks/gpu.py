@@ -106,7 +106,7 @@ def to_equal_loss(result: dict[str, Any]) -> tuple[list[str], set[str]]:
         steps, seconds = next((step, s) for step, s, loss in rank["losses"] if loss <= target)
         energy = rank["energy"] or {"steady_j_per_step": None, "flag": "failed"}
         flags.add(energy["flag"])
-        joules = "-" if energy["steady_j_per_step"] is None else f"{steps * energy['steady_j_per_step']:.1f}"
+        joules = "-" if energy["steady_j_per_step"] is None else f"{steps * energy['steady_j_per_step']:.4g}"
         lines.append(
             f"{method:8} to {target:.4f}: {steps} steps, {seconds:.2f} s, {joules} J ({energy['flag']}); "
             f"{rank['weights']:,} weights, loss in the end {rank['losses'][-1][2]:.4f}"

@@ -34,8 +34,8 @@ def test_joules_are_taken_to_the_lowest_loss_that_all_have_seen():
     dense = {"method": "ddp", "ranks": rank([(10, 3.0), (20, 2.0), (30, 2.5)], 7.0)}
     phantom = {"method": "phantom", "ranks": rank([(10, 2.2), (20, 1.5), (30, 1.0)], 2.0, "modelled")}
     lines, flags = gpu.to_equal_loss({"runs": [dense, phantom], "left_out": {"smaller": "a reason"}})
-    assert "ddp      to 2.0000: 20 steps, 2.00 s, 140.0 J (measured_counter)" in lines[0]
-    assert "phantom  to 2.0000: 20 steps, 2.00 s, 40.0 J (modelled)" in lines[1]
+    assert "ddp      to 2.0000: 20 steps, 2.00 s, 140 J (measured_counter)" in lines[0]
+    assert "phantom  to 2.0000: 20 steps, 2.00 s, 40 J (modelled)" in lines[1]
     assert lines[2] == "left out: smaller: a reason" and flags == {"measured_counter", "modelled"}
 
 
