@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from examples.lm import LanguageModel, Text
 from lightning_phantom import PhantomConfig, phantomize_
+from lightning_phantom.measure.machine import synchronize
 
 
 def main() -> None:
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=1024, help="n of the feed-forward network (default: 1024)")
     parser.add_argument("--tokens", type=int, default=256, help="rows of its batch (default: 256)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=50, help="timed pairs after five to warm up (default: 50)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -51,24 +53,26 @@ def main() -> None:
             {"one token": torch.randn(1, n), f"batch {args.tokens}": torch.randn(args.tokens, n)},
         ),
     ]
-    print(f"cpu, {args.threads} threads, torch {torch.__version__}, float32, times in ms")
+    print(f"{args.device}, {args.threads} threads, torch {torch.__version__}, float32, times in ms")
     print(f"{'':14} {'p':>2} {'dense':>9} {'':17} {'phantom':>9} {'':17} {'ratio':>6}")
     for title, make, inputs in cases:
         print(title)
         for name, x in inputs.items():
             for p in args.blocks:
-                compare(name, p, make, PhantomConfig(p, args.width), x, args.repeats)
+                compare(name, p, make, PhantomConfig(p, args.width), x.to(args.device), args.repeats)
 
 
 def compare(name: str, p: int, make: Callable[[], nn.Module], config: PhantomConfig, x: Tensor, repeats: int) -> None:
     """Time a dense model and its phantom twin in turn, and print a line."""
-    models = make().eval(), phantomize_(make(), config).eval()
+    models = make().eval().to(x.device), phantomize_(make(), config).eval().to(x.device)
     seconds: tuple[list[float], list[float]] = [], []
     with torch.inference_mode():
         for _ in range(5 + repeats):
             for model, times in zip(models, seconds, strict=True):
+                synchronize(x)
                 start = time.perf_counter()
                 model(x)
+                synchronize(x)
                 times.append(time.perf_counter() - start)
     dense, phantom = ([1e3 * t for t in times[5:]] for times in seconds)
     low, ratio, high = statistics.quantiles((b / a for a, b in zip(dense, phantom, strict=True)), n=4)

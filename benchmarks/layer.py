@@ -9,6 +9,7 @@ Forward and backward, input gradient included; the two in turn, medians, and the
 import argparse
 import statistics
 import time
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,25 +29,42 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15, help="timed pairs after three to warm up (default: 15)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    n, p, k, kind = args.features, args.blocks, args.width, {"dtype": getattr(torch, args.dtype), "device": args.device}
+    print(f"{args.device}, {args.threads} threads, torch {torch.__version__}")
+    sizes = (args.features, args.blocks, args.width, args.tokens, args.dtype)
+    print(*lines(compare(*sizes, args.device, args.repeats)), sep="\n")
 
+
+def compare(n: int, p: int, k: int, tokens: int, dtype: str, device: str, repeats: int) -> dict[str, Any]:
+    """The times of both layers in seconds, the ratio of each pair, and of the FLOPs."""
+    kind = {"dtype": getattr(torch, dtype), "device": device}
     layers = {"nn.Linear": nn.Linear(n, n, **kind), "phantom": PhantomLinear(n, n, p, k, **kind)}
-    x = torch.randn(args.tokens, n, **kind).requires_grad_()
-    grad = torch.randn(args.tokens, n, **kind)
+    x = torch.randn(tokens, n, **kind).requires_grad_()
+    grad = torch.randn(tokens, n, **kind)
     seconds = {name: [] for name in layers}
-    for _ in range(3 + args.repeats):
+    for _ in range(3 + repeats):
         for name, layer in layers.items():
             seconds[name].append(step(layer, x, grad))
     seconds = {name: times[3:] for name, times in seconds.items()}
     pairs = sorted(b / a for a, b in zip(*seconds.values(), strict=True))
+    cost = estimate_cost([(n, n)], p, k, 1, tokens)
+    return {
+        "sizes": f"n={n} p={p} k={k} tokens={tokens} {dtype}",
+        "seconds": seconds,
+        "pairs": pairs,
+        "time_ratio": statistics.median(pairs),
+        "flop_ratio": cost.phantom.flops / cost.tensor_parallel.flops,
+    }
 
-    cost = estimate_cost([(n, n)], p, k, 1, args.tokens)
-    print(f"n={n} p={p} k={k} tokens={args.tokens} {args.dtype}")
-    print(f"{args.device}, {args.threads} threads, torch {torch.__version__}")
-    for name, times in seconds.items():
-        print(f"{name:10} {1e3 * statistics.median(times):8.2f} ms  ({1e3 * min(times):.2f} to {1e3 * max(times):.2f})")
-    print(f"time ratio {statistics.median(pairs):8.3f}     ({pairs[0]:.3f} to {pairs[-1]:.3f})")
-    print(f"FLOP ratio {cost.phantom.flops / cost.tensor_parallel.flops:8.4f}")
+
+def lines(seen: dict[str, Any]) -> list[str]:
+    """What `compare` saw, to be read."""
+    times = [
+        f"{name:10} {1e3 * statistics.median(times):8.2f} ms  ({1e3 * min(times):.2f} to {1e3 * max(times):.2f})"
+        for name, times in seen["seconds"].items()
+    ]
+    spread = f"({seen['pairs'][0]:.3f} to {seen['pairs'][-1]:.3f})"
+    ratios = [f"time ratio {seen['time_ratio']:8.3f}     {spread}", f"FLOP ratio {seen['flop_ratio']:8.4f}"]
+    return [seen["sizes"], *times, *ratios]
 
 
 def step(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> float:

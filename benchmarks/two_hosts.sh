@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # Compares the methods across a slow link: two network namespaces of this machine, joined at 1 Gbit/s, as two hosts.
 #
-#     sudo benchmarks/two_hosts.sh                                   # n = 4096, depth 4, k = 64, 512 samples
+# One rank on each, and every method of `compare`: DDP, FSDP, the three kinds of tensor parallelism, phantom, and DDP of a
+# dense model that is as small as phantom's.
+#
+#     sudo benchmarks/two_hosts.sh                                   # benchmarks/ffn.yaml: n = 4096, depth 4, k = 64, p = 2
 #     sudo RATE=10gbit benchmarks/two_hosts.sh --config run.yaml     # your own; options as for `lightning-phantom compare`
 #
 # Needs root, and ip and tc (Debian: apt-get install iproute2). Nothing outside the two namespaces is touched, and they

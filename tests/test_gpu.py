@@ -1,4 +1,9 @@
-"""What needs CUDA devices, two of them for ranks on NCCL. Skipped elsewhere: no result of this project rests on it."""
+"""What needs CUDA devices, two of them for ranks on NCCL. Skipped elsewhere: no result of this project rests on it.
+
+`benchmarks/gpu.sh --device cpu` runs it without one, to see that the tests themselves are in order.
+"""
+
+import os
 
 import pytest
 import torch
@@ -10,7 +15,7 @@ from training import Net, loader, trainer
 
 from lightning_phantom import PhantomConfig, PhantomLinear, PhantomStrategy, phantomize_
 
-DEVICE, BACKEND = "cuda", "nccl"
+DEVICE = os.environ.get("PHANTOM_GPU_TESTS", "cuda")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available() and DEVICE == "cuda", reason="no CUDA device"),
@@ -48,24 +53,27 @@ def _chain():
     return model.double(), torch.randn(3, 32, dtype=torch.float64, requires_grad=True)
 
 
-def _chain_on_ranks():
-    device = torch.device(DEVICE, dist.get_rank() if DEVICE == "cuda" else 0)
+def _chain_on_ranks(backend):
+    """The chain on this rank's own device, or over gloo on one device for all."""
+    device = torch.device(DEVICE, dist.get_rank() if backend == "nccl" else 0)
     if DEVICE == "cuda":
         torch.cuda.set_device(device)
     model, x = _chain()
     # Swapped in host memory and then moved, as by a strategy.
-    model = phantomize_(model, PhantomConfig(num_blocks=4), dist.new_group(backend=BACKEND)).to(device)
+    model = phantomize_(model, PhantomConfig(num_blocks=4), dist.new_group(backend=backend)).to(device)
     z = model(x.to(device))
     z.square().sum().backward()
     return z.detach().cpu(), x.grad
 
 
-@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
-def test_ranks_on_nccl_equal_one_process():
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_ranks_equal_one_process(backend):
+    if backend == "nccl" and torch.cuda.device_count() < 2:
+        pytest.skip("fewer than two CUDA devices")
     model, x = _chain()
     model = phantomize_(model, PhantomConfig(num_blocks=4))
     z = model(x)
     z.square().sum().backward()
-    for z_there, grad_there in run_ranks(2, _chain_on_ranks):
+    for z_there, grad_there in run_ranks(2, _chain_on_ranks, backend):
         assert torch.allclose(z_there, z.detach(), atol=1e-10)
         assert torch.allclose(grad_there, x.grad, atol=1e-10)

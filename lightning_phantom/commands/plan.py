@@ -11,26 +11,28 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_phantom.commands.compare.methods import torch_plan
+from lightning_phantom.commands.compare.smaller import smaller_argument
 from lightning_phantom.commands.plan_tables import cost_table, simulation_table, sweep_table, verdict
 from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.commands.terminal import command_parser, output_file, phantom_width, show
-from lightning_phantom.config import PhantomConfig
-from lightning_phantom.cost.count import ELEMENT_BYTES
-from lightning_phantom.cost.data_parallel import NOTHING, Rest
+from lightning_phantom.config import PhantomConfig, TensorParallelConfig
+from lightning_phantom.cost.count import ELEMENT_BYTES, TENSOR_PARALLEL
+from lightning_phantom.cost.data_parallel import NOTHING, Dense, Divided
 from lightning_phantom.cost.layer import Layer
-from lightning_phantom.cost.predict import Machine
+from lightning_phantom.cost.machine import Machine
 from lightning_phantom.cost.scale import Setting
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.measure.machine import measure_here
 from lightning_phantom.measure.simulate import simulate
-from lightning_phantom.plan.finder import plan_phantom
+from lightning_phantom.plan.finder import plan_phantom, plan_tensor_parallel
 from lightning_phantom.plan.record import Plan
 from lightning_phantom.swap import nothing_qualifies
 
 DESCRIPTION = """\
-Show what phantom parallelism would do to a model, and what a training step would cost on so many ranks, against DDP of
-the dense model and against tensor parallelism (TP). Makes the module of the config, no data and no Trainer; trains
-nothing.
+Show what phantom parallelism would do to a model, and what a training step would cost on so many ranks by every method
+that `compare` runs: DDP and FSDP of the dense model, tensor parallelism (TP), phantom, DDP of a smaller dense model.
+Makes the module of the config, no data and no Trainer; trains nothing.
 
 Weights, FLOPs of linears, bytes and calls are counted, exactly. Times are predicted from this machine's own rates,
 which are measured first (about half a minute) unless --flops, --bandwidth and --latency give those of another."""
@@ -55,10 +57,13 @@ def main(args: Sequence[str]) -> None:
     plan = plan_phantom(module := recipe.make_module(), config)
     if not plan.swapped:
         raise nothing_qualifies(module, plan)
-    layers, rest = tuple(plan.cost_layers()), rest_of(module, plan)
+    smaller = Recipe(["--config", options.smaller, *overrides], "lightning-phantom plan") if options.smaller else None
+    model, others = divided(module, plan), by_other_methods(recipe, module, config, num_ranks, smaller)
     machine, origin = _machine(options, num_ranks)
-    setting = Setting(layers, config.phantom_width, options.tokens, options.dtype, machine, rest)
+    kind = (options.tokens, options.dtype, machine)
+    setting = Setting(model.layers, config.phantom_width, *kind, model.rest, **others)
     here = setting.scale(config.num_blocks, num_ranks)
+    setting = replace(setting, smaller=None)  # it is as small as phantom at this p alone
     same_ranks, one_block = setting.sweep(num_ranks), setting.sweep()
     result: dict[str, Any] = {
         "config": {"num_blocks": config.num_blocks, "phantom_width": config.phantom_width, "num_ranks": num_ranks}
@@ -66,17 +71,20 @@ def main(args: Sequence[str]) -> None:
         "machine": asdict(machine),
         "machine_origin": origin,
         "here": here.as_dict(),
+        "left_out": dict(setting.left_out),
         "sweep_same_ranks": [row.as_dict() for row in same_ranks],
         "sweep_one_block_a_rank": [row.as_dict() for row in one_block],
     }
     print(plan)
     show(cost_table(here, origin), sweep_table(same_ranks, one_block, here))
-    print(verdict(same_ranks, one_block, num_ranks))
+    for method, why in setting.left_out.items():
+        print(f"Left out: {method}: {why}")
+    print(verdict(same_ranks, one_block, here, setting))
     if options.simulate_ranks is not None:
         ranks = options.simulate_ranks
         blocks, tokens = options.num_blocks or ranks, -(-options.tokens // ranks) * ranks
-        wide = replace(setting, tokens=tokens, rest=NOTHING).scale(blocks, ranks)
-        shares = [replace(layer, phantom_width=setting.width(layer, blocks)) for layer in layers]
+        wide = replace(setting, tokens=tokens, rest=NOTHING, exact=None, beside=False).scale(blocks, ranks)
+        shares = [replace(layer, phantom_width=setting.width(layer, blocks)) for layer in setting.layers]
         measured = simulate(shares, blocks, ranks, tokens, options.dtype)
         show(simulation_table(wide, measured))
         result["simulation"] = wide.as_dict() | {"measured": {m: asdict(one) for m, one in measured.items()}}
@@ -88,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser("plan", DESCRIPTION, EPILOG)
     add = parser.add_argument
     add("--config", metavar="FILE", help="the config of the run, as for `fit`")
+    add("--smaller", metavar="FILE", help="the config of the smaller dense model (default: --config, narrower)")
     add("--num-blocks", type=int, metavar="P", help="number of blocks p (default: the config's, else the ranks')")
     add(
         "--phantom-width",
@@ -146,11 +155,51 @@ def request(options: argparse.Namespace, recipe: Recipe) -> tuple[PhantomConfig,
     return PhantomConfig(blocks, **settings), ranks
 
 
-def rest_of(module: nn.Module, plan: Plan) -> Rest:
-    """What the module has beside the linears to be swapped."""
-    linears = tuple(Layer(one.in_features, one.out_features, one.bias) for one in plan.layers if not one.swapped)
+def divided(module: nn.Module, plan: Plan) -> Divided:
+    """A module as the cost model sees it where a plan is carried out."""
     held = sum(p.numel() for p in module.parameters() if not is_lazy(p))
-    return Rest(linears, max(0, held - sum(one.weights_before for one in plan.layers)))
+    first = next((name for name, _ in module.named_parameters()), "").rpartition(".")[0]
+    linears = tuple(
+        Layer(one.in_features, one.out_features, one.bias, needs_input_grad=one.name != first)
+        for one in plan.layers
+        if not one.swapped
+    )
+    rest = Dense(linears, max(0, held - sum(one.weights_before for one in plan.layers)))
+    # What no parameter comes before reads the data, which need no gradient.
+    reads_data = {name for ffn in plan.ffns for group in ffn.groups if first in group.names for name in group.names}
+    names = [name for ffn in plan.ffns for group in ffn.groups for name in group.names]
+    layers = zip(names, plan.cost_layers(), strict=True)
+    return Divided(tuple(replace(one, needs_input_grad=name not in reads_data) for name, one in layers), rest)
+
+
+def by_other_methods(
+    recipe: Recipe, module: nn.Module, config: PhantomConfig, num_ranks: int, smaller: Recipe | None = None
+) -> dict[str, Any]:
+    """What a `Setting` is to know of the methods that do not divide the model as phantom does.
+
+    Args:
+        recipe: the config.
+        module: the model made from it.
+        config: what phantom would make of it.
+        num_ranks: R.
+        smaller: the smaller dense model's config; None: the same, narrower.
+    """
+    small, left_out = None, {}
+    exact = plan_tensor_parallel(module, TensorParallelConfig(num_ranks))
+    try:
+        torch_plan(module, num_ranks)
+    except PhantomError as error:
+        left_out = dict.fromkeys(("tensor_parallel_torch",) if exact.swapped else TENSOR_PARALLEL, str(error))
+    try:
+        narrower = {} if smaller else dict([smaller_argument(recipe, config)])
+        small = (smaller or recipe).make_module(**narrower)
+    except PhantomError as error:
+        left_out["smaller"] = str(error)
+    return {
+        "exact": divided(module, exact),
+        "smaller": None if small is None else divided(small, plan_phantom(small, PhantomConfig(2))).dense,
+        "left_out": left_out,
+    }
 
 
 def _machine(options: argparse.Namespace, num_ranks: int) -> tuple[Machine, dict[str, str]]:
@@ -162,5 +211,7 @@ def _machine(options: argparse.Namespace, num_ranks: int) -> tuple[Machine, dict
         # The rates of another machine: what cannot be given is left out, not taken from this one.
         return Machine(memory_bytes_per_s=float("inf"), op_s=0.0, **given), dict.fromkeys(given, "given")
     machine = measure_here(num_ranks, options.dtype)
+    if options.bandwidth is not None:  # of every kind of collective
+        machine = replace(machine, all_reduce_bytes_per_s=None, reduce_scatter_bytes_per_s=None)
     origin = dict.fromkeys(asdict(machine), "measured here") | dict.fromkeys(given, "given")
     return replace(machine, **given), origin

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_phantom.commands.terminal import LABELS
-from lightning_phantom.cost.predict import METHODS
-from lightning_phantom.cost.scale import Scale, best, stops_paying
+from lightning_phantom.cost.scale import Scale, Setting, best, pays_from, stops_paying
 from lightning_phantom.measure.simulate import Simulated
 
 
@@ -22,8 +21,12 @@ def cost_table(here: Scale, origin: dict[str, str]) -> Any:
     table.add_column("")
     headings = (
         "weights",
+        "replicated",
         "GFLOP",
         "MB sent",
+        "in layers",
+        "boundaries",
+        "gradients",
         "calls",
         "predicted ms",
         "of it waiting",
@@ -32,13 +35,17 @@ def cost_table(here: Scale, origin: dict[str, str]) -> Any:
     for heading in headings:
         table.add_column(heading, justify="right")
     fastest = here.times[here.fastest].seconds
-    for method in METHODS:
+    for method in here.costs:
         cost, time = here.costs[method], here.times[method]
         table.add_row(
             LABELS[method],
             f"{cost.weights:,}",
+            f"{cost.replicated:,}",
             f"{cost.flops / 1e9:.3f}",
-            f"{cost.sent_bytes / 1e6:.3f}",
+            *(
+                f"{sent / 1e6:.3f}"
+                for sent in (cost.sent_bytes, cost.layer_bytes, cost.boundary_bytes, cost.weight_bytes)
+            ),
             str(cost.calls),
             f"{1e3 * time.seconds:.2f}",
             f"{1e3 * time.waited_s:.2f}",
@@ -50,7 +57,8 @@ def cost_table(here: Scale, origin: dict[str, str]) -> Any:
         how += f", {', '.join(given)} given"
     table.caption = (
         f"Predicted from rates {how}. Of what is no linear the weights and the averaging of their gradients count, not "
-        f"the work. Bytes include the gradients of the FFNs' inputs."
+        f"the work. MB sent: inside layers (phantom's latents), where whole tokens enter and leave them, and what data "
+        f"parallelism sends for weights; the gradients of the FFNs' inputs included."
     )
     table.caption_justify = "left"
     return table
@@ -77,7 +85,7 @@ def simulation_table(wide: Scale, measured: Mapping[str, Simulated]) -> Any:
             f"{one.tensor_bytes / 1e6:.1f}",
             "-" if one.peak_bytes is None else f"{one.peak_bytes / 1e6:.1f}",
             f"{one.sent_bytes / 1e6:.3f}",
-            f"{wide.costs[method].sent_bytes / 1e6:.3f}",
+            f"{(wide.costs[method].layer_bytes + wide.costs[method].boundary_bytes) / 1e6:.3f}",
         )
     table.caption = (
         "Tensors: weights, gradients and what the forward saves, by their shapes. Resident: the process's high-water "
@@ -117,22 +125,54 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def verdict(same_ranks: Sequence[Scale], one_block: Sequence[Scale], num_ranks: int) -> str:
-    """Whether it pays at all, the best number of blocks, and the one from which more do not pay."""
+def verdict(same_ranks: Sequence[Scale], one_block: Sequence[Scale], here: Scale, setting: Setting) -> str:
+    """Whether it pays, at what p, from how many features on; and what bounds it."""
     lines = []
     if same_ranks:
         row = best(same_ranks)
         pays = (row.ratio("step") or 0) < 1
         lines.append(
-            f"On {num_ranks} ranks the shortest predicted step is at p={row.num_blocks}: {row.ratio('step'):.3f} of "
-            f"{LABELS[row.fastest]}'s, the fastest of those that train the dense model."
+            f"On {here.num_ranks} ranks the shortest predicted step is at p={row.num_blocks}: "
+            f"{row.ratio('step'):.3f} of {LABELS[row.fastest]}'s, the fastest of those that train the dense model."
             + ("" if pays else f" Phantom does not pay here: take {LABELS[row.fastest]}.")
             + " A phantom layer is a smaller function at every p: compare losses too."
         )
+    lines.append(_by_width(here, setting))
+    if here.num_ranks > 1:
+        lines.append(_by_latency(here, setting))
     end = stops_paying(one_block)
     if end is None and one_block:
         lines.append(f"Work and bytes stay below TP's up to p={one_block[-1].num_blocks}.")
     elif end is not None:
         what = "work is" if end.tp_ratio("flops") >= 1 else "bytes are"
         lines.append(f"It stops paying at p={end.num_blocks}: there its {what} no less than TP's.")
+    if isinstance(k := setting.phantom_width, int):
+        widest = max(layer.in_features for layer in setting.layers)
+        lines.append(
+            f"At k={k} a layer of {widest:,} features has fewest weights near p = sqrt(n/k) = "
+            f"{(widest / k) ** 0.5:.0f}; with more blocks its total grows again."
+        )
     return "\n".join(lines)
+
+
+def _by_width(here: Scale, setting: Setting) -> str:
+    width = max(layer.in_features for layer in setting.layers)
+    where = f"With p={here.num_blocks} on {here.num_ranks} ranks, {here.tokens:,} tokens and this link"
+    features = pays_from(setting, here.num_blocks, here.num_ranks)
+    if features is None:
+        return f"{where} phantom's step is longer than the fastest other's even with 64 times the {width:,} features."
+    return (
+        f"{where} phantom's step is no longer than the fastest other's from {features:,} features of the widest layer "
+        f"on (it has {width:,}; all widths halved or doubled)."
+    )
+
+
+def _by_latency(here: Scale, setting: Setting) -> str:
+    fixed, whole = here.costs["phantom"].calls * setting.machine.latency_s, here.times["phantom"].communication_s
+    words = (
+        f"Phantom's {here.costs['phantom'].calls} collectives take {1e3 * whole:.2f} ms a step, {1e3 * fixed:.2f} of "
+    )
+    words += "them however little they send"
+    if 2 * fixed > whole:
+        return f"{words}: bound by latency, so more tokens on each rank or a larger k take little longer."
+    return f"{words}: bound by bandwidth, so they take as long as tokens and k make them."

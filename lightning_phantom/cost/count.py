@@ -10,28 +10,34 @@ group's ranks together, s bytes an element. For a square n x n linear:
 | FSDP, dense | n^2/W | 2 (b/R) n^2 | weights twice and gradients, 3 (W-1)/W n^2 s |
 | TP in pairs | n^2/R | 2 b n^2/R | twice: entry (R-1)/R b in s, exit (R-1)/R b out s |
 | TP, layer by layer | n^2/R | 2 b n^2/R | twice: layers (R-1)/R b in s, exit (R-1)/R^2 b out s |
+| TP, torch's own | n^2/R | 2 b n^2/R | forward 2 (R-1)/R b out s, backward 2 (R-1)/R b in s |
 | phantom | q (n^2/p^2 + k n) | 2 b q (n^2/p^2 + k n) | twice: layers (R-1) q k b s, entry and exit (R-1)/R^2 b w s |
 
 Outside the layers every rank has its own tokens with all features, b/R of them; inside, the group's with its own
 features. Phantom goes from one to the other and back in all-to-alls. A column-parallel layer gathers its input (tokens
 at the entry, features inside) and reduce-scatters its gradient; a row-parallel one reduce-scatters its output and
 gathers its gradient; a column-parallel one whose output leaves ends in an all-to-all. "Twice" is forward and backward,
-but for an input that needs no gradient. What DDP sends for the parameters of TP and phantom that every rank holds, and
-for shards where W > R, is not counted in their rows: it depends on W, and on the rest of the model.
+but for an input that needs no gradient. Torch's own TP cuts the same pairs, but all its ranks hold the same b tokens
+outside: nothing enters, sums are all-reduced, and what is no such layer each rank computes for all b.
+
+What DDP sends for the parameters of TP and phantom that every rank holds, and for shards where W > R, is not counted in
+their rows: it depends on W, and on the rest of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lightning_phantom.config import check_phantom_width, is_int, resolve_phantom_width
 from lightning_phantom.cost.layer import Layer, as_layers, is_row
+from lightning_phantom.cost.methods import METHODS
 from lightning_phantom.errors import PhantomError
 
 # Bytes per element, by the names torch gives its types.
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+TENSOR_PARALLEL = tuple(method for method in METHODS if method.startswith("tensor_parallel"))
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Cost:
         boundary_bytes: bytes of activations and their gradients sent where layers read and write whole tokens.
         calls: collectives issued.
         weight_bytes: bytes of weights and of their gradients sent: what data parallelism sends.
+        replicated: parameters of those held that every rank holds alike.
     """
 
     weights: int = 0
@@ -55,6 +62,7 @@ class Cost:
     boundary_bytes: int = 0
     calls: int = 0
     weight_bytes: int = 0
+    replicated: int = 0
 
     @property
     def flops(self) -> int:
@@ -78,11 +86,13 @@ class CostEstimate:
         phantom: phantom parallelism.
         tensor_parallel: tensor parallelism in Megatron's column and row pairs.
         tensor_parallel_layerwise: tensor parallelism in column-parallel layers alone.
+        tensor_parallel_torch: torch's own tensor parallelism, in Megatron's pairs.
     """
 
     phantom: Cost
     tensor_parallel: Cost
     tensor_parallel_layerwise: Cost
+    tensor_parallel_torch: Cost
 
 
 def phantom_weights(in_features: int, out_features: int, num_blocks: int, phantom_width: int, bias: bool) -> int:
@@ -114,7 +124,7 @@ def estimate_cost(
         entry_needs_grad: for pairs: whether the input of the first needs a gradient.
 
     Returns:
-        The record of the three costs.
+        The record of the four costs.
 
     Raises:
         PhantomError: sizes that do not divide, an empty list, an unknown dtype.
@@ -129,8 +139,8 @@ def estimate_cost(
     if num_blocks % num_ranks:
         raise PhantomError(f"num_ranks={num_ranks} does not divide num_blocks={num_blocks}.")
     group = Group(num_ranks, tokens, element_bytes_of(dtype))
-    phantom = megatron = layerwise = Cost()
-    for layer in as_layers(layers, entry_needs_grad):
+    given, phantom = as_layers(layers, entry_needs_grad), Cost()
+    for layer in given:
         if layer.in_features % num_blocks or layer.out_features % num_blocks:
             raise PhantomError(
                 f"a layer of {layer.in_features} -> {layer.out_features} features does not divide into "
@@ -139,9 +149,12 @@ def estimate_cost(
         width = phantom_width if layer.phantom_width is None else layer.phantom_width
         k = resolve_phantom_width(width, layer.in_features, layer.out_features, num_blocks)
         phantom += _phantom(layer, group, num_blocks, k)
-        megatron += _exact(layer, group, is_row(layer))
-        layerwise += _exact(layer, group, row=False)
-    return CostEstimate(phantom, megatron, layerwise)
+    return CostEstimate(phantom, *(exact_cost(given, method, group) for method in TENSOR_PARALLEL))
+
+
+def exact_cost(layers: Sequence[Layer], method: str, group: Group) -> Cost:
+    """What tensor parallelism takes of these layers, in one of its ways (`TENSOR_PARALLEL`)."""
+    return sum((_exact(layer, group, cut) for layer, cut in cuts(layers, method)), Cost())
 
 
 # What is sent
@@ -179,6 +192,7 @@ class Collective(NamedTuple):
         sent_bytes: bytes that this rank sends.
         calls: collectives issued; 0 where it travels in a sibling's.
         boundary: whether whole tokens are read or written there.
+        kind: `"all_reduce"` for torch's, by a rate of its own; else `"exchange"`.
     """
 
     of: str
@@ -186,6 +200,7 @@ class Collective(NamedTuple):
     sent_bytes: int
     calls: int = 1
     boundary: bool = False
+    kind: str = "exchange"
 
 
 def phantom_collectives(layer: Layer, group: Group, num_blocks: int, k: int) -> list[Collective]:
@@ -202,11 +217,37 @@ def phantom_collectives(layer: Layer, group: Group, num_blocks: int, k: int) -> 
     return found
 
 
-def exact_collectives(layer: Layer, group: Group, row: bool) -> list[Collective]:
-    """Those of a dense layer that is cut by `row`, or by column; see the module's docstring."""
+class Cut(NamedTuple):
+    """How tensor parallelism cuts a dense layer.
+
+    Attributes:
+        row: by row, or by column.
+        by_torch: whether torch's own does.
+        reads_whole: whether it finds whole tokens, where torch's own cuts by row.
+    """
+
+    row: bool = False
+    by_torch: bool = False
+    reads_whole: bool = False
+
+
+def cuts(layers: Sequence[Layer], method: str) -> Iterator[tuple[Layer, Cut]]:
+    """Each layer, and how a method of `TENSOR_PARALLEL` cuts it."""
+    whole = False
+    for layer in as_layers(layers):
+        row = method != "tensor_parallel_layerwise" and is_row(layer)
+        yield layer, Cut(row, method == "tensor_parallel_torch", layer.enters or whole)
+        if not row:
+            whole = layer.leaves  # torch gathers it for all that read it
+
+
+def exact_collectives(layer: Layer, group: Group, cut: Cut) -> list[Collective]:
+    """Those of a dense layer that is cut so; see the module's docstring."""
     if group.num_ranks == 1:
         return []
-    ways = (False, True)
+    if cut.by_torch:
+        return _torch_collectives(layer, group, cut)
+    ways, row = (False, True), cut.row
     found: list[Collective] = []
     if not layer.shares_input and (layer.enters or not row):
         sent = group.exchanged(layer.in_features) if row else group.gathered(layer.in_features)
@@ -215,6 +256,20 @@ def exact_collectives(layer: Layer, group: Group, row: bool) -> list[Collective]
         found += [Collective("output", back, group.gathered(layer.out_features), 1, True) for back in ways]
     elif layer.leaves:
         found += [Collective("output", back, group.exchanged(layer.out_features), 1, True) for back in ways]
+    return found
+
+
+def _torch_collectives(layer: Layer, group: Group, cut: Cut) -> list[Collective]:
+    """All-reduces of what a row-parallel layer returns and of a column-parallel one's gradient; siblings share none."""
+    left, entered, found = group.gathered(layer.out_features), group.gathered(layer.in_features), []
+    if cut.row:
+        found.append(Collective("output", False, 2 * left, 1, True, "all_reduce"))
+    elif layer.leaves:
+        found.append(Collective("output", False, left, 1, True))
+    if layer.needs_input_grad and not cut.row:
+        found.append(Collective("input", True, 2 * entered, 1, True, "all_reduce"))
+    elif layer.needs_input_grad and cut.reads_whole:
+        found.append(Collective("input", True, entered, 1, True))
     return found
 
 
@@ -228,11 +283,12 @@ def _phantom(layer: Layer, group: Group, p: int, k: int) -> Cost:
     return _cost(weights, products, backward, group, phantom_collectives(layer, group, p, k))
 
 
-def _exact(layer: Layer, group: Group, row: bool) -> Cost:
+def _exact(layer: Layer, group: Group, cut: Cut) -> Cost:
     products = layer.in_features * layer.out_features // group.num_ranks
-    weights = products + layer.bias * (layer.out_features if row else layer.out_features // group.num_ranks)
+    weights = products + layer.bias * (layer.out_features if cut.row else layer.out_features // group.num_ranks)
     backward = products * (1 + layer.needs_input_grad)
-    return _cost(weights, products, backward, group, exact_collectives(layer, group, row))
+    cost = _cost(weights, products, backward, group, exact_collectives(layer, group, cut))
+    return replace(cost, replicated=layer.bias * cut.row * layer.out_features)
 
 
 def _cost(weights: int, forward: int, backward: int, group: Group, collectives: Sequence[Collective]) -> Cost:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from lightning_phantom.cost.count import Cost, check_ints, element_bytes_of
-from lightning_phantom.cost.layer import Layer, as_layers
+from lightning_phantom.cost.layer import Layer, as_layers, is_row
 
-BUCKET_BYTES = 25 * 2**20  # of gradients that DDP averages in one call, as torch has it
+FIRST_BUCKET_BYTES, BUCKET_BYTES = 2**20, 25 * 2**20  # of gradients at which DDP averages them, as torch has it
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,11 @@ class DataParallelEstimate:
 
 
 @dataclass(frozen=True)
-class Rest:
-    """What a model has beside the linears that are swapped: every rank holds it, as under DDP, whatever the method.
+class Dense:
+    """What every rank holds as under DDP: what a model has beside the layers that are split, or a whole dense model.
 
     Attributes:
-        layers: linears that stay dense.
+        layers: linears.
         weights: parameters of what is no linear.
     """
 
@@ -40,8 +41,43 @@ class Rest:
         """What it costs a rank: products of its linears alone, and the averaging of all gradients."""
         return ddp_cost(self.layers, num_ranks, tokens, dtype, self.weights)
 
+    @property
+    def outputs(self) -> int:
+        """Features that its linears return, all together."""
+        return sum(layer.out_features for layer in self.layers)
 
-NOTHING = Rest()
+
+NOTHING = Dense()
+
+
+@dataclass(frozen=True)
+class Divided:
+    """A model of which ranks hold some layers between them.
+
+    Attributes:
+        layers: these, as `Plan.cost_layers` gives them.
+        rest: what else it has, which every rank holds.
+    """
+
+    layers: tuple[Layer, ...]
+    rest: Dense = NOTHING
+
+    @property
+    def dense(self) -> Dense:
+        """The same model where every rank holds all of it."""
+        return replace(self.rest, layers=(*self.layers, *self.rest.layers))
+
+    def averaged(self, cut_by_row: bool, num_ranks: int, tokens: int, dtype: object = "float32") -> Cost:
+        """What the rest costs a rank, with the averaging of biases that row-parallel layers hold."""
+        biases = sum(
+            layer.bias * layer.out_features for layer in as_layers(self.layers) if cut_by_row and is_row(layer)
+        )
+        cost = replace(self.rest, weights=self.rest.weights + biases).cost(num_ranks, tokens, dtype)
+        return replace(cost, weights=cost.weights - biases, replicated=cost.replicated - biases)
+
+    def divides_by(self, num_ranks: int) -> bool:
+        """Whether so many ranks can hold the layers in equal parts."""
+        return not any(layer.in_features % num_ranks or layer.out_features % num_ranks for layer in self.layers)
 
 
 def estimate_data_parallel(
@@ -81,9 +117,21 @@ def ddp_cost(layers: Sequence[Layer], num_ranks: int, tokens: int, dtype: object
         weights=weights,
         flops_forward=sum(products),
         flops_backward=sum(n * (1 + layer.needs_input_grad) for n, layer in zip(products, layers, strict=True)),
-        calls=-(-held_bytes // BUCKET_BYTES) * (num_ranks > 1),
+        calls=_buckets(layers, other_weights, element_bytes_of(dtype)) * (num_ranks > 1),
         weight_bytes=2 * ((num_ranks - 1) * held_bytes // num_ranks),
+        replicated=weights,
     )
+
+
+def _buckets(layers: Sequence[Layer], other_weights: int, element_bytes: int) -> int:
+    """Calls in which DDP averages gradients: parameters from last to first, none cut; what is no linear at the end."""
+    of_layers = ((one.bias * one.out_features, one.in_features * one.out_features) for one in reversed(layers))
+    calls, filled, full = 0, 0, FIRST_BUCKET_BYTES
+    for weights in (*chain.from_iterable(of_layers), other_weights):
+        filled += weights * element_bytes
+        if filled >= full:
+            calls, filled, full = calls + 1, 0, BUCKET_BYTES
+    return calls + (filled > 0)
 
 
 def fsdp_cost(layers: Sequence[Layer], num_ranks: int, tokens: int, dtype: object, other_weights: int = 0) -> Cost:
@@ -95,4 +143,5 @@ def fsdp_cost(layers: Sequence[Layer], num_ranks: int, tokens: int, dtype: objec
         weights=shares + -(-other_weights // num_ranks),
         weight_bytes=ddp.weight_bytes * 3 // 2,
         calls=3 * (len(layers) + (other_weights > 0)) * (num_ranks > 1),
+        replicated=0,
     )

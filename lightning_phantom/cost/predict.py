@@ -1,124 +1,36 @@
-"""Predicts how long a step takes: the matrix products one by one, then what is sent.
+"""Predicts how long a step takes by each method: its stages, one by one, on a `machine`.
 
-A product takes `flops / flops_per_s + bytes / memory_bytes_per_s` and a fixed time to start, where bytes counts its
-operands and its result once; a copy takes the same without FLOPs. A collective takes `sent_bytes / link_bytes_per_s +
-latency_s`, and only what exceeds the work beside it is waited for: beside a phantom layer's latents that is the
-products with its diagonal blocks, beside what an exact layer gathers its own share's, beside gradients that are
-averaged the whole backward, beside weights that FSDP gathers the products of their own layer (it gathers the next
-layer's meanwhile). Nothing runs beside what enters, leaves, or is summed by a row-parallel layer.
+Products, copies and collectives are those of the layers. Beside a phantom layer's latents lie the products with its
+diagonal blocks, beside what an exact layer gathers its own share's, beside gradients that are averaged the whole
+backward, beside weights that FSDP gathers the products of their own layer (it gathers the next layer's meanwhile).
+Nothing runs beside what enters, leaves, or is summed by a row-parallel layer, nor beside what torch's own sums.
+
+Of what is neither a linear nor a collective little can be known without running the model. Two things are counted: one
+operation that treats every output of a linear by itself (forward it reads and writes it, backward it reads two and
+writes one), and an optimizer that reads weight and gradient and writes the weight, as SGD does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from lightning_phantom.config import resolve_phantom_width
 from lightning_phantom.cost.count import (
+    TENSOR_PARALLEL,
     Collective,
     Cost,
+    Cut,
     Group,
+    cuts,
     element_bytes_of,
     exact_collectives,
     phantom_collectives,
 )
-from lightning_phantom.cost.data_parallel import NOTHING, Rest, ddp_cost
+from lightning_phantom.cost.data_parallel import NOTHING, Dense, Divided
 from lightning_phantom.cost.layer import Layer, as_layers, is_row
-
-METHODS = ("ddp", "fsdp", "tensor_parallel", "tensor_parallel_layerwise", "phantom")
-OTHERS = METHODS[:-1]  # which train the dense model
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What one rank can do while the others are as busy.
-
-    Attributes:
-        flops_per_s: rate of large matrix products.
-        memory_bytes_per_s: rate at which operands and results are read and written.
-        op_s: time to start one operation, backward's bookkeeping included.
-        link_bytes_per_s: rate at which one rank sends in a collective.
-        latency_s: time of a collective that sends next to nothing.
-    """
-
-    flops_per_s: float
-    memory_bytes_per_s: float
-    op_s: float
-    link_bytes_per_s: float
-    latency_s: float
-
-
-@dataclass(frozen=True)
-class Work:
-    """Operations of one rank.
-
-    Attributes:
-        flops: floating-point operations.
-        elements: elements read and written.
-        ops: operations started.
-    """
-
-    flops: int = 0
-    elements: int = 0
-    ops: int = 0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.elements + other.elements, self.ops + other.ops)
-
-    def seconds(self, machine: Machine, element_bytes: int) -> float:
-        """Time on `machine`."""
-        moved = self.elements * element_bytes / machine.memory_bytes_per_s
-        return self.flops / machine.flops_per_s + moved + self.ops * machine.op_s
-
-
-def product(batch: int, rows: int, inner: int, columns: int) -> Work:
-    """`batch` products of a [rows, inner] by an [inner, columns] matrix."""
-    elements = rows * inner + inner * columns + rows * columns
-    return Work(2 * batch * rows * inner * columns, batch * elements, 1)
-
-
-def copy(elements: int) -> Work:
-    """Read and write so many elements."""
-    return Work(0, 2 * elements, 1)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stretch of a rank's step: work, or a collective and the work of another stretch that it is hidden behind.
-
-    Attributes:
-        work: what is done here.
-        hidden_behind: what is done elsewhere, while the collective runs.
-        sent_bytes: bytes that this rank sends.
-        calls: collectives issued.
-        backward: whether it is of the backward.
-    """
-
-    work: Work = Work()
-    hidden_behind: Work = Work()
-    sent_bytes: int = 0
-    calls: int = 0
-    backward: bool = False
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """A predicted step, in seconds.
-
-    Attributes:
-        compute_s: products and copies.
-        communication_s: the collectives, were nothing computed beside them.
-        waited_s: what of it is not hidden behind products.
-    """
-
-    compute_s: float
-    communication_s: float
-    waited_s: float
-
-    @property
-    def seconds(self) -> float:
-        """The whole."""
-        return self.compute_s + self.waited_s
+from lightning_phantom.cost.machine import Machine, Stage, StepTime, Work, copy, product, step_time
+from lightning_phantom.cost.methods import METHODS
 
 
 def predict(
@@ -129,51 +41,93 @@ def predict(
     tokens: int,
     machine: Machine,
     dtype: str = "float32",
-    rest: Rest = NOTHING,
+    rest: Dense = NOTHING,
+    exact: Divided | None = None,
+    smaller: Dense | None = None,
+    held: Mapping[str, int] | None = None,
 ) -> dict[str, StepTime]:
-    """Predict the step (forward and backward, no optimizer) of these layers, by method (`METHODS`).
+    """Predict the step of a model by method (`METHODS`).
 
-    The arguments are `estimate_cost`'s; `layers` come from `Plan.cost_layers`. DDP and FSDP train the dense layers on
-    as many ranks. `rest` is computed under every method alike.
+    The arguments are `estimate_cost`'s; `layers` come from `Plan.cost_layers`, and `rest` is what else the model has.
+    `exact` is how tensor parallelism divides it, if not into the same; `smaller` is the smaller dense model, if any.
+    `held` are the parameters of a rank, by method; without it linears and collectives alone count.
     """
-    group = Group(num_ranks, tokens, element_bytes_of(dtype))
-    alone = Group(1, -(-tokens // num_ranks), group.element_bytes)  # own tokens
-    stages: dict[str, list[Stage]] = {method: [] for method in METHODS}
-    averaged = {method: rest.cost(num_ranks, tokens, dtype) for method in METHODS}
-    averaged["ddp"] = ddp_cost((*layers, *rest.layers), num_ranks, tokens, dtype, rest.weights)
-    averaged["fsdp"] = Cost()  # layer by layer
-    for layer in as_layers(layers):
+    model = Divided(tuple(layers), rest)
+    exact, size = exact or model, element_bytes_of(dtype)
+    group, of_ranks = Group(num_ranks, tokens, size), (num_ranks, tokens, dtype)
+    phantom: list[Stage] = []
+    for layer in model.layers:
         width = phantom_width if layer.phantom_width is None else layer.phantom_width
         k = resolve_phantom_width(width, layer.in_features, layer.out_features, num_blocks)
-        stages["ddp"] += exact_stages(layer, False, alone)
-        stages["fsdp"] += fsdp_stages(layer, alone, num_ranks)
-        stages["tensor_parallel"] += exact_stages(layer, is_row(layer), group)
-        stages["tensor_parallel_layerwise"] += exact_stages(layer, False, group)
-        stages["phantom"] += phantom_stages(layer, num_blocks, k, group)
-    for method, own in stages.items():
-        for layer in rest.layers:
-            own += fsdp_stages(layer, alone, num_ranks) if method == "fsdp" else exact_stages(layer, False, alone)
-        backward = sum((stage.work for stage in own if stage.backward), Work())
-        own.append(Stage(Work(), backward, averaged[method].weight_bytes, averaged[method].calls, True))
-    stages["fsdp"].append(_weights_alone(rest.weights, num_ranks, group.element_bytes))
-    return {method: step_time(stages[method], machine, group.element_bytes) for method in METHODS}
+        phantom += phantom_stages(layer, num_blocks, k, group)
+    dense = model.dense
+    stages = {
+        "ddp": _replicated(dense, dense.cost(*of_ranks), group),
+        "fsdp": _fully_sharded(dense, group),
+    }
+    for method in TENSOR_PARALLEL if exact.layers else ():
+        cut = [s for each in cuts(exact.layers, method) for s in exact_stages(*each, group)]
+        # Outside its layers every rank of torch's own has all tokens, and no gradient is averaged.
+        ranks = 1 if method == "tensor_parallel_torch" else num_ranks
+        averaged = exact.averaged(method == "tensor_parallel", ranks, tokens, dtype)
+        stages[method] = _replicated(exact.rest, averaged, replace(group, num_ranks=ranks), cut)
+    stages["phantom"] = _replicated(rest, rest.cost(*of_ranks), group, phantom)
+    if smaller is not None:
+        stages["smaller"] = _replicated(smaller, smaller.cost(*of_ranks), group)
+    for method, weights in (held or {}).items():
+        own = -(-tokens // num_ranks)
+        outputs = own * (smaller if method == "smaller" and smaller else dense).outputs
+        if method == "tensor_parallel_torch":  # of these every rank has all tokens
+            summed = sum(layer.out_features for layer in as_layers(exact.layers) if is_row(layer))
+            outputs += (tokens - own) * (exact.rest.outputs + summed)
+        stages[method] += [Stage(elementwise(outputs)), Stage(Work(elements=3 * weights))]
+    return {method: step_time(stages[method], machine, size) for method in METHODS if method in stages}
 
 
-def step_time(stages: Iterable[Stage], machine: Machine, element_bytes: int) -> StepTime:
-    """Add up the stages."""
-    compute = communication = waited = 0.0
-    for stage in stages:
-        takes = stage.sent_bytes / machine.link_bytes_per_s + stage.calls * machine.latency_s
-        hidden = stage.hidden_behind.seconds(machine, element_bytes)
-        compute += stage.work.seconds(machine, element_bytes)
-        communication += takes
-        waited += max(0.0, takes - hidden)
-    return StepTime(compute, communication, waited)
+def elementwise(elements: int) -> Work:
+    """An operation that treats so many elements one by one, and its backward."""
+    return Work(elements=5 * elements, ops=2)
 
 
-def exact_stages(layer: Layer, row: bool, group: Group) -> list[Stage]:
-    """Forward and backward of a dense layer cut by `row` or by column, in the words of `layers.tensor_parallel`."""
-    ranks, tokens = group.num_ranks, group.tokens
+def _replicated(dense: Dense, averaged: Cost, group: Group, beside: Sequence[Stage] = ()) -> list[Stage]:
+    """What every rank computes of its own tokens; gradients are averaged during all of the backward."""
+    ranks, size = group.num_ranks, group.element_bytes
+    alone = Group(1, -(-group.tokens // ranks), size)
+    stages = [*beside, *(s for layer in dense.layers for s in exact_stages(layer, Cut(), alone))]
+    backward = sum((stage.work for stage in stages if stage.backward), Work())
+    # Into buckets and back; the sum itself is torch's all-reduce.
+    weights = averaged.weight_bytes * ranks // (2 * size * max(ranks - 1, 1))
+    copies = Work(elements=4 * weights)
+    return [*stages, Stage(copies, backward, averaged.weight_bytes, averaged.calls, True, "all_reduce")]
+
+
+def _fully_sharded(dense: Dense, group: Group) -> list[Stage]:
+    """The same under FSDP, which gathers weights layer by layer, and those that are of no linear together."""
+    alone = Group(1, -(-group.tokens // group.num_ranks), group.element_bytes)
+    stages = _sharded(dense.weights, Work(), Work(), group)
+    for layer in dense.layers:
+        forward, backward = exact_stages(layer, Cut(), alone)
+        stages += [forward, backward, *_sharded(layer.dense_weights, forward.work, backward.work, group)]
+    return stages
+
+
+def _sharded(weights: int, forward: Work, backward: Work, group: Group) -> list[Stage]:
+    """What FSDP does with weights beside the work that needs them: gathers them twice, and sums their gradients."""
+    ranks = group.num_ranks
+    if ranks == 1 or not weights:
+        return []
+    sent = (ranks - 1) * weights * group.element_bytes // ranks
+    gathered = copy(weights) + copy(weights // ranks)  # a shard into what is sent, and the whole out of what came
+    return [
+        Stage(gathered, forward, sent, 1),
+        Stage(gathered, backward, sent, 1, True),
+        Stage(copy(weights), backward, sent, 1, True, "reduce_scatter"),
+    ]
+
+
+def exact_stages(layer: Layer, cut: Cut, group: Group) -> list[Stage]:
+    """Forward and backward of a dense layer that is cut so, in the words of `layers.tensor_parallel`."""
+    ranks, tokens, row = group.num_ranks, group.tokens, cut.row
     in_here, out_here = layer.in_features, layer.out_features
     in_here, out_here = (in_here // ranks, out_here) if row else (in_here, out_here // ranks)
     weight_grad = product(1, out_here, tokens, in_here)
@@ -191,28 +145,14 @@ def exact_stages(layer: Layer, row: bool, group: Group) -> list[Stage]:
         ("output", True, True): own_share,
     }
     stages = [Stage(product(1, tokens, in_here, out_here)), Stage(backward, backward=True)]
-    for sent in exact_collectives(layer, group, row):
+    if cut.by_torch:
+        return stages + [_stage(sent, Work(), Work()) for sent in exact_collectives(layer, group, cut)]
+    for sent in exact_collectives(layer, group, cut):
         exchanged = sent.of == ("input" if row else "output")
         width = layer.in_features if row else layer.out_features
         around = copy(tokens * width // ranks) if exchanged else Work()
         stages.append(_stage(sent, around, behind.get((sent.of, sent.backward, row), Work())))
     return stages
-
-
-def fsdp_stages(layer: Layer, alone: Group, num_ranks: int) -> list[Stage]:
-    """Forward and backward of a dense layer on own tokens, whose weights are gathered for each."""
-    forward, backward = exact_stages(layer, False, alone)
-    if num_ranks == 1:
-        return [forward, backward]
-    sent = (num_ranks - 1) * layer.dense_weights * alone.element_bytes // num_ranks
-    gathered = Stage(hidden_behind=forward.work, sent_bytes=sent, calls=1)
-    return [forward, backward, gathered, Stage(Work(), backward.work, 2 * sent, 2, True)]
-
-
-def _weights_alone(weights: int, num_ranks: int, element_bytes: int) -> Stage:
-    """What FSDP sends of weights that are of no linear layer."""
-    calls = 3 * (weights > 0) * (num_ranks > 1)
-    return Stage(sent_bytes=3 * ((num_ranks - 1) * weights * element_bytes // num_ranks), calls=calls)
 
 
 def phantom_stages(layer: Layer, num_blocks: int, k: int, group: Group) -> list[Stage]:
@@ -240,4 +180,4 @@ def phantom_stages(layer: Layer, num_blocks: int, k: int, group: Group) -> list[
 
 
 def _stage(sent: Collective, work: Work, behind: Work) -> Stage:
-    return Stage(work, behind, sent.sent_bytes, sent.calls, sent.backward)
+    return Stage(work, behind, sent.sent_bytes, sent.calls, sent.backward, sent.kind)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lightning_phantom.config import resolve_phantom_width
-from lightning_phantom.cost.count import Cost, estimate_cost
-from lightning_phantom.cost.data_parallel import NOTHING, Rest, ddp_cost, fsdp_cost
+from lightning_phantom.cost.count import TENSOR_PARALLEL, Cost, Group, element_bytes_of, estimate_cost, exact_cost
+from lightning_phantom.cost.data_parallel import NOTHING, Dense, Divided, fsdp_cost
 from lightning_phantom.cost.layer import Layer
-from lightning_phantom.cost.predict import METHODS, OTHERS, Machine, StepTime, predict
+from lightning_phantom.cost.machine import Machine, StepTime
+from lightning_phantom.cost.methods import EXACT, METHODS
+from lightning_phantom.cost.predict import predict
 from lightning_phantom.errors import PhantomError
 
 MOST_BLOCKS = 4096
-TENSOR_PARALLEL = ("tensor_parallel", "tensor_parallel_layerwise")
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Scale:
         num_ranks: R.
         tokens: rows of the activations of one step on these ranks together.
         dtype: type of the activations.
-        costs: weights, FLOPs, bytes and calls of one rank, by method (`predict.METHODS`).
-        times: the predicted step, by method.
+        costs: weights, FLOPs, bytes and calls of one rank, by method (`METHODS`, but for those that cannot be had).
+        times: the predicted step, likewise.
     """
 
     num_blocks: int
@@ -42,7 +43,7 @@ class Scale:
     @property
     def fastest(self) -> str:
         """Of the methods that train the dense model, the one with the shortest predicted step."""
-        return min(OTHERS, key=lambda method: self.times[method].seconds)
+        return min((m for m in EXACT if m in self.times), key=lambda method: self.times[method].seconds)
 
     def ratio(self, what: str, method: str | None = None) -> float | None:
         """Phantom's "weights", "flops", "sent_bytes" or "step" over a method's, or the fastest's; None of nothing."""
@@ -54,7 +55,7 @@ class Scale:
 
     def tp_ratio(self, what: str) -> float:
         """Phantom's counted "flops" or "sent_bytes" over those of the cheaper tensor parallelism; 0 of nothing."""
-        least = min(self._figure(what, method) for method in TENSOR_PARALLEL)
+        least = min((self._figure(what, method) for method in TENSOR_PARALLEL if method in self.costs), default=0)
         return self._figure(what, "phantom") / least if least else 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -66,7 +67,7 @@ class Scale:
             "methods": {
                 m: {**asdict(self.costs[m]), "flops": self.costs[m].flops, "sent_bytes": self.costs[m].sent_bytes}
                 | {**asdict(self.times[m]), "step_s": self.times[m].seconds}
-                for m in METHODS
+                for m in self.costs
             },
             "fastest": self.fastest,
             "phantom_over_fastest": {what: self.ratio(what) for what in ("weights", "flops", "sent_bytes", "step")},
@@ -83,7 +84,11 @@ class Setting:
         tokens: rows of the activations of one step, all ranks together.
         dtype: their type.
         machine: what a rank can do.
-        rest: what else the model has, under every method alike.
+        rest: what else the model has.
+        exact: how tensor parallelism divides the model; None: into the same layers and the same rest.
+        smaller: the smaller dense model; None: there is none.
+        left_out: methods that cannot train this model, and why.
+        beside: whether what a step does beside linears and collectives counts, too (see `predict`).
     """
 
     layers: tuple[Layer, ...]
@@ -91,7 +96,11 @@ class Setting:
     tokens: int
     dtype: str
     machine: Machine
-    rest: Rest = NOTHING
+    rest: Dense = NOTHING
+    exact: Divided | None = None
+    smaller: Dense | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    beside: bool = True
 
     def scale(self, num_blocks: int, num_ranks: int) -> Scale:
         """Count and predict a step at this p on this many ranks.
@@ -99,15 +108,25 @@ class Setting:
         Raises:
             PhantomError: the sizes do not fit each other.
         """
-        layers = [replace(layer, phantom_width=self.width(layer, num_blocks)) for layer in self.layers]
+        layers = tuple(replace(layer, phantom_width=self.width(layer, num_blocks)) for layer in self.layers)
+        model, of_ranks = Divided(layers, self.rest), (num_ranks, self.tokens, self.dtype)
+        exact = model if self.exact is None or not self.exact.divides_by(num_ranks) else self.exact
         arguments = (num_blocks, self.phantom_width, num_ranks, self.tokens)
-        estimate = estimate_cost(layers, *arguments, self.dtype)
-        rest = self.rest.cost(num_ranks, self.tokens, self.dtype)
-        whole = ((*layers, *self.rest.layers), num_ranks, self.tokens, self.dtype, self.rest.weights)
-        costs = {"ddp": ddp_cost(*whole), "fsdp": fsdp_cost(*whole)}
-        costs |= {method: getattr(estimate, method) + rest for method in METHODS if method not in costs}
+        costs = {"ddp": model.dense.cost(*of_ranks)}
+        costs["fsdp"] = fsdp_cost(model.dense.layers, *of_ranks, self.rest.weights)
+        costs["phantom"] = estimate_cost(layers, *arguments, self.dtype).phantom + self.rest.cost(*of_ranks)
+        group = Group(num_ranks, self.tokens, element_bytes_of(self.dtype))
+        for method in TENSOR_PARALLEL if exact.layers else ():
+            ranks = 1 if method == "tensor_parallel_torch" else num_ranks  # torch's read the same batches
+            rest = exact.averaged(method == "tensor_parallel", ranks, self.tokens, self.dtype)
+            costs[method] = exact_cost(exact.layers, method, group) + rest
+        if self.smaller is not None:
+            costs["smaller"] = self.smaller.cost(*of_ranks)
+        held = {method: cost.weights for method, cost in costs.items()} if self.beside else None
+        times = predict(layers, *arguments, self.machine, self.dtype, self.rest, exact, self.smaller, held)
+        methods = [method for method in METHODS if method in costs and method not in self.left_out]
+        costs, times = {m: costs[m] for m in methods}, {m: times[m] for m in methods}
         widths = tuple(sorted({layer.phantom_width or 0 for layer in layers}))
-        times = predict(layers, *arguments, self.machine, self.dtype, self.rest)
         return Scale(num_blocks, widths, num_ranks, self.tokens, self.dtype, costs, times)
 
     def width(self, layer: Layer, num_blocks: int) -> int:
@@ -115,6 +134,23 @@ class Setting:
         # Where a block is no feature wide there is no k; the cost model refuses such sizes with its own words.
         sizes = (layer.in_features, layer.out_features)
         return max(1, resolve_phantom_width(self.phantom_width, *sizes, num_blocks))
+
+    def times_as_wide(self, factor: float) -> Setting:
+        """The same model with so many times the features everywhere; k as it is asked for, and as many tokens."""
+
+        def wider(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+            return tuple(
+                replace(
+                    layer, in_features=int(layer.in_features * factor), out_features=int(layer.out_features * factor)
+                )
+                for layer in layers
+            )
+
+        def dense(part: Dense) -> Dense:
+            return Dense(wider(part.layers), int(part.weights * factor))
+
+        exact = None if self.exact is None else Divided(wider(self.exact.layers), dense(self.exact.rest))
+        return replace(self, layers=wider(self.layers), rest=dense(self.rest), exact=exact, smaller=None)
 
     def sweep(self, num_ranks: int | None = None) -> list[Scale]:
         """`scale` at every p that is a power of two or divides the widest layer, up to where phantom stops paying.
@@ -133,6 +169,23 @@ class Setting:
             if stops_paying(rows):
                 break
         return rows
+
+
+def pays_from(setting: Setting, num_blocks: int, num_ranks: int) -> int | None:
+    """From how many features of its widest layer on phantom's step is no longer than the fastest other's.
+
+    Of the same model with all widths halved or doubled again and again; None where it is longer in the widest.
+    """
+    features = None
+    for factor in (2.0**n for n in range(6, -7, -1)):
+        wide = setting.times_as_wide(factor)
+        try:
+            if (wide.scale(num_blocks, num_ranks).ratio("step") or 0) > 1:
+                break
+        except PhantomError:  # too narrow for so many blocks
+            break
+        features = max(layer.in_features for layer in wide.layers)
+    return features
 
 
 def best(rows: Sequence[Scale]) -> Scale:

@@ -1,7 +1,8 @@
-"""Measures the five numbers of a `Machine`, with as many processes busy at once as there will be ranks on this host.
+"""Measures the numbers of a `Machine`, with as many processes busy at once as there will be ranks on this host.
 
-The products' three come from a few small layers, dense and phantom, forward and backward, fitted by least squares on
-relative errors; the link's two from collectives of several sizes between the ranks.
+The products' three come from a few small layers, dense and phantom, forward and backward, and copies of tensors, fitted
+by least squares on relative errors; those of the link from collectives of several sizes between the ranks, and from one
+beside a product.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
 
-from lightning_phantom.cost.count import ELEMENT_BYTES, Group
+from lightning_phantom.cost.count import ELEMENT_BYTES, Cut, Group
 from lightning_phantom.cost.layer import Layer
-from lightning_phantom.cost.predict import Machine, Work, exact_stages, phantom_stages
-from lightning_phantom.distributed.comm import barrier
+from lightning_phantom.cost.machine import Machine, Work, copy
+from lightning_phantom.cost.predict import exact_stages, phantom_stages
+from lightning_phantom.distributed.comm import barrier, start_all_gather, start_all_reduce, start_reduce_scatter
 from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers.phantom import PhantomLinear
@@ -33,7 +35,9 @@ CALIBRATION = (
     *((256, 1, 0, 64), (1024, 1, 0, 256), (1536, 1, 0, 64), (384, 1, 0, 1024)),
     *((512, 4, 8, 64), (1024, 2, 64, 256), (1024, 8, 16, 512), (2048, 4, 32, 128), (2048, 2, 32, 256)),
 )
+COPIES = (2**20, 2**22)  # elements: without them small layers leave it open what is arithmetic and what is memory
 MESSAGES = (1, 2**12, 2**15, 2**18, 2**20)  # elements that each rank gives to an all-gather
+SUMMED = 2**20  # elements of each rank, where torch sums
 REPEATS = 7
 
 
@@ -83,18 +87,23 @@ def measure(group: dist.ProcessGroup, dtype: str = "float32", device: torch.devi
     """Measure on all ranks of `group` at once, with this process's threads; collective. The slowest rank's numbers."""
     ranks = Ranks(group)
     kind = {"dtype": getattr(torch, dtype), "device": torch.device(device)}
-    work, seconds = zip(*(_timed_layer(*sizes, kind, group) for sizes in CALIBRATION), strict=True)
+    timed = [_timed_layer(*sizes, kind, group) for sizes in CALIBRATION]
+    timed += [_timed_copy(elements, kind, group) for elements in COPIES]
+    work, seconds = zip(*timed, strict=True)
     size = ELEMENT_BYTES[dtype]
     per_flop, per_byte, per_op = nonnegative_fit([(w.flops, w.elements * size, w.ops) for w in work], seconds)
-    per_sent, per_call = 0.0, 0.0
+    per_sent, per_call, per_reduced, per_scattered, seen = 0.0, 0.0, 0.0, 0.0, 0.0
     if ranks.size > 1:
-        sent, waits = zip(*(_timed_collectives(count, ranks, kind) for count in MESSAGES), strict=True)
+        sent, waits = zip(*(_timed_exchange(count, ranks, kind) for count in MESSAGES), strict=True)
         per_sent, per_call = nonnegative_fit([(s, 1.0) for s in sent], waits)
-    slowest = ranks.all_reduce(
-        torch.tensor([per_flop, per_byte, per_op, per_sent, per_call], dtype=torch.float64), "max"
+        per_reduced, per_scattered = (_timed_sum(which, ranks, kind) for which in (start_all_reduce, _scatter))
+        seen = 1 - _overlap(ranks, kind)
+    found = [per_flop, per_byte, per_op, per_sent, per_call, per_reduced, per_scattered, seen]
+    slowest = ranks.all_reduce(torch.tensor(found, dtype=torch.float64), "max").tolist()
+    flops, memory, per_op, link, per_call, reduced, scattered, seen = slowest
+    return Machine(
+        _rate(flops), _rate(memory), per_op, _rate(link), per_call, _rate(reduced), _rate(scattered), overlap=1 - seen
     )
-    per_flop, per_byte, per_op, per_sent, per_call = slowest.tolist()
-    return Machine(_rate(per_flop), _rate(per_byte), per_op, _rate(per_sent), per_call)
 
 
 def _rate(seconds: float) -> float:
@@ -105,7 +114,7 @@ def _timed_layer(features: int, p: int, k: int, tokens: int, kind: Any, group: d
     n, alone = features, Group(1, tokens, 0)
     if p == 1:
         layer: nn.Module = nn.Linear(n, n, **kind)
-        stages = exact_stages(Layer(n, n), False, alone)
+        stages = exact_stages(Layer(n, n), Cut(), alone)
     else:
         layer = PhantomLinear(n, n, p, k, **kind)
         stages = phantom_stages(Layer(n, n), p, k, alone)
@@ -119,7 +128,12 @@ def _timed_layer(features: int, p: int, k: int, tokens: int, kind: Any, group: d
     return sum((stage.work for stage in stages), Work()), median_seconds(step, x, group)
 
 
-def _timed_collectives(elements: int, ranks: Ranks, kind: Any) -> tuple[int, float]:
+def _timed_copy(elements: int, kind: Any, group: dist.ProcessGroup) -> tuple[Work, float]:
+    source, target = torch.randn(elements, **kind), torch.empty(elements, **kind)
+    return copy(elements), median_seconds(lambda: target.copy_(source), source, group)
+
+
+def _timed_exchange(elements: int, ranks: Ranks, kind: Any) -> tuple[int, float]:
     """Bytes sent and seconds of an all-gather and the reduce-scatter back, half of both."""
     shard = torch.randn(elements, 1, **kind)
 
@@ -129,6 +143,41 @@ def _timed_collectives(elements: int, ranks: Ranks, kind: Any) -> tuple[int, flo
 
     seconds = median_seconds(there_and_back, shard, ranks.group)
     return (ranks.size - 1) * elements * shard.element_size(), seconds / 2
+
+
+def _scatter(x: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    return start_reduce_scatter(torch.empty_like(x[: len(x) // dist.get_world_size(group)]), x, group)
+
+
+def _timed_sum(start: Callable[[Tensor, Any], dist.Work], ranks: Ranks, kind: Any) -> float:
+    """Seconds a byte that a rank of a ring sends, where torch sums large tensors over the ranks."""
+    x = torch.randn(ranks.size * SUMMED, 1, **kind)
+    seconds = median_seconds(lambda: start(x, ranks.group).wait(), x, ranks.group)
+    ways = 2 if start is start_all_reduce else 1
+    return seconds / (ways * (ranks.size - 1) * SUMMED * x.element_size())
+
+
+def _overlap(ranks: Ranks, kind: Any) -> float:
+    """How much of a gather runs beside products that take as long."""
+    shard, square = torch.randn(SUMMED, 1, **kind), torch.randn(512, 512, **kind)
+    gathered = shard.new_empty(ranks.size * SUMMED, 1)
+
+    def products(count: int) -> None:
+        for _ in range(count):
+            square @ square
+
+    def gather(count: int) -> None:
+        work = start_all_gather(gathered, shard, ranks.group)
+        products(count)
+        work.wait()
+
+    alone = median_seconds(lambda: gather(0), shard, ranks.group)
+    count = max(1, round(alone / median_seconds(lambda: products(1), shard, ranks.group)))
+    # Every rank multiplies as often as the first, or they would not be as busy.
+    count = int(ranks.all_reduce(torch.tensor([float(count)]), "max"))
+    beside = median_seconds(lambda: products(count), shard, ranks.group)
+    together = median_seconds(lambda: gather(count), shard, ranks.group)
+    return min(1.0, max(0.0, (alone + beside - together) / min(alone, beside)))
 
 
 def median_seconds(

@@ -14,13 +14,14 @@ from benchmarks.ffn import FeedForward, RandomVectors
 from lightning_phantom.commands.cli import main
 from lightning_phantom.commands.compare.command import Comparison, Job
 from lightning_phantom.commands.compare.methods import SharedBatches, torch_plan
-from lightning_phantom.commands.compare.options import EXACT, METHODS, parse
+from lightning_phantom.commands.compare.options import parse
 from lightning_phantom.commands.compare.report import summarise
 from lightning_phantom.commands.compare.smaller import smaller_argument
 from lightning_phantom.commands.compare.trial import Memory
 from lightning_phantom.config import PhantomConfig
 from lightning_phantom.cost.count import estimate_cost
 from lightning_phantom.cost.data_parallel import estimate_data_parallel
+from lightning_phantom.cost.methods import EXACT, METHODS
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.plan.finder import plan_phantom
 
@@ -47,6 +48,9 @@ def config(tmp_path):
     return str(tmp_path / "run.yaml")
 
 
+RATES = ["--flops", "1e11", "--bandwidth", "10", "--latency", "1e-5"]
+
+
 def two_ranks(folder):
     (folder / "run.yaml").write_text(CONFIG)
     command = ["-m", "lightning_phantom", "compare", "--config", folder / "run.yaml", "--ranks", 2]
@@ -54,13 +58,16 @@ def two_ranks(folder):
     outputs = ["--json", folder / "c.json", "--plot", folder / "c.png"]
     own = ["--set", "phantom.model.lr=0.2", "--model.lr=0.05", "--tokens-per-sample", 7]
     out = program(*command, *options, *outputs, *own)
-    return out, json.loads((folder / "c.json").read_text()), (folder / "c.png").read_bytes()
+    plan = ["-m", "lightning_phantom", "plan", "--config", folder / "run.yaml", "--ranks", 2, "--tokens", 32, *RATES]
+    program(*plan, "--json", folder / "plan.json")
+    results = (json.loads((folder / name).read_text()) for name in ("c.json", "plan.json"))
+    return out, *results, (folder / "c.png").read_bytes()
 
 
 @pytest.mark.background.with_args(two_ranks)
 def test_compare_on_two_ranks(outcome):
-    """Every method in the same two processes: the exact ones agree, and traffic is what the cost model counts."""
-    out, result, picture = outcome
+    """Every method in the same two processes: the exact ones agree, and what they take is what `plan` has counted."""
+    out, result, planned, picture = outcome
     methods = result["methods"]
     assert list(methods) == list(METHODS)
     assert [(r["method"], r["round"]) for r in result["runs"]] == [(m, n) for n in (0, 1) for m in methods]  # in turn
@@ -102,6 +109,10 @@ def test_compare_on_two_ranks(outcome):
     whole = estimate_cost([(32, 32)] * 4, 2, 4, 1, 32).phantom.weights
     assert methods["phantom"]["weights_in_all"] == whole
     assert abs(methods["smaller"]["weights"] - whole) < 0.1 * whole
+    assert list(planned["here"]["methods"]) == list(METHODS)
+    for method, counted in planned["here"]["methods"].items():
+        for name in ("weights", "flops", "sent_bytes", "calls"):
+            assert counted[name] == methods[method][name], (method, name)
     assert result["fastest"] in EXACT and result["ratios"][result["fastest"]]["step"]["median"] == 1
     assert result["environment"]["ranks"] == 2
     assert not any("learning rate" in warning for warning in result["warnings"])  # phantom was given its own
@@ -172,18 +183,18 @@ def test_a_smaller_model_is_made_of_the_config_where_its_width_has_a_name(tmp_pa
     def argument(config, blocks=4, width=0.25):
         (tmp_path / "run.yaml").write_text(config)
         request = parse(["--config", str(tmp_path / "run.yaml")])
-        found = smaller_argument(request.recipe("smaller"), PhantomConfig(blocks, width))
+        name, value = smaller_argument(request.recipe("smaller"), PhantomConfig(blocks, width))
         module = request.recipe("smaller").make_module()
         plan = plan_phantom(module, PhantomConfig(blocks, width))
         phantom = sum(p.numel() for p in module.parameters())
         phantom -= sum(layer.weights_before - layer.weights_after for layer in plan.swapped)
-        smaller = sum(p.numel() for p in request.recipe("smaller", found).make_module().parameters())
-        return found, smaller / phantom
+        smaller = sum(p.numel() for p in request.recipe("smaller", f"model.{name}={value}").make_module().parameters())
+        return name, smaller / phantom
 
     name, ratio = argument(LM)
-    assert name.startswith("model.width=") and 0.9 <= ratio <= 1.1
+    assert name == "width" and 0.9 <= ratio <= 1.1
     name, ratio = argument(CONFIG)
-    assert name.startswith("model.hidden=") and 0.9 <= ratio <= 1.1
+    assert name == "hidden" and 0.9 <= ratio <= 1.1
     nameless = CONFIG.replace("benchmarks.ffn.FeedForward", "test_compare.Nameless").replace(
         "{width: 32, depth: 4}", "{}"
     )
@@ -203,6 +214,15 @@ class Fixed(FeedForward):
         if width != 32:
             raise ValueError("32, or nothing")
         super().__init__(width, 4)
+
+
+def test_ddps_calls_are_of_the_buckets_that_it_has_rebuilt(config, tmp_path, monkeypatch):
+    alone(monkeypatch)
+    monkeypatch.chdir(ROOT)
+    sizes = ["--model.width", "512", "--data.width", "512", "--json", str(tmp_path / "c.json")]
+    main(["compare", "--config", config, *sizes, "--methods", "ddp", "--rounds", "1", "--steps", "1", "--warmup", "2"])
+    calls = json.loads((tmp_path / "c.json").read_text())["methods"]["ddp"]["gradient_calls"]
+    assert calls == estimate_data_parallel([(512, 512)] * 4, 2, 8).ddp.calls == 2  # 1 MB first, then 25
 
 
 def test_a_method_that_fails_is_left_out_with_its_reason(tmp_path, monkeypatch, capsys):

@@ -1,7 +1,6 @@
 """The cost model is what the layers do: weights, FLOPs, bytes and calls, to the last one."""
 
 import itertools
-import math
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,16 +11,20 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from torch import nn
+from torch.distributed import init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_phantom.commands.compare.methods import torch_plan
 from lightning_phantom.config import PhantomConfig, TensorParallelConfig
 from lightning_phantom.cost.count import Cost, estimate_cost
-from lightning_phantom.cost.data_parallel import BUCKET_BYTES, estimate_data_parallel
+from lightning_phantom.cost.data_parallel import estimate_data_parallel
 from lightning_phantom.cost.layer import Layer
 from lightning_phantom.distributed.comm import record_traffic
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers.split import split_layers
+from lightning_phantom.measure.counted import Counted
 from lightning_phantom.plan.finder import plan_phantom, plan_tensor_parallel
 from lightning_phantom.swap import carry_out
 
@@ -148,8 +151,27 @@ CASES = [
 ]
 
 
+def torchs_step(name, needs_grad):
+    """What a step has taken that torch's own parallelize_module has split, and the layers; None where it cannot."""
+    module, size = MODULES[name](), dist.get_world_size()
+    try:
+        plan, styles = torch_plan(module, size)
+    except PhantomError:
+        return None
+    layers = [replace(layer, needs_input_grad=layer.depth > 0 or needs_grad) for layer in plan.cost_layers()]
+    parallelize_module(module, init_device_mesh("cpu", (size,)), styles)
+    x = torch.randn(size * TOKENS, layers[0].in_features, requires_grad=needs_grad)
+    module(x).sum().backward()  # the first time torch also runs its operations without numbers, to learn their shapes
+    with Counted(size) as counted:
+        module(x).sum().backward()
+    weights = sum(p.to_local().numel() for p in module.parameters() if hasattr(p, "to_local"))
+    return layers, (weights, counted.flops, counted.traffic.total_bytes, counted.traffic.total_calls)
+
+
 def every_step():
-    return [step(*case, dist.group.WORLD) for case in CASES], averaged()
+    names = [name for name in MODULES if name not in ("residual", "alone")]  # which torch cannot, or no plan finds
+    by_torch = {(name, grad): torchs_step(name, grad) for name in names for grad in (True, False)}
+    return [step(*case, dist.group.WORLD) for case in CASES], averaged(), by_torch
 
 
 def averaged():
@@ -178,7 +200,7 @@ def check(seen, size):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_step_on_several_ranks_takes_what_is_counted(size):
-    for steps, (weights, flops, elements) in run_ranks(size, every_step):
+    for steps, (weights, flops, elements), by_torch in run_ranks(size, every_step):
         assert len(steps) == len(CASES)
         for seen in steps:
             check(seen, size)
@@ -191,6 +213,10 @@ def test_a_step_on_several_ranks_takes_what_is_counted(size):
         assert (weights, flops) == (ddp.weights, ddp.flops)
         assert ddp.weight_bytes == ddp.sent_bytes == 2 * (size - 1) * 4 * elements // size
         assert ddp.calls == 1
+        assert {name for (name, _), seen in by_torch.items() if seen is not None} >= {"pair", "four", "norms", "gated"}
+        for case, (layers, taken) in ((case, seen) for case, seen in by_torch.items() if seen is not None):
+            cost = estimate_cost(layers, size, 1, size, size * TOKENS).tensor_parallel_torch
+            assert taken == (cost.weights, cost.flops, cost.sent_bytes, cost.calls), case
 
 
 def test_a_step_of_one_process_takes_what_is_counted():
@@ -214,20 +240,33 @@ def test_the_table():
     gathered, products = size * entry, n * n // size
     exact = Cost(products, 2 * b * products, 4 * b * products, 0, 2 * gathered + 2 * entry, 4)
     assert cost.tensor_parallel == cost.tensor_parallel_layerwise == exact
+    by_torch = Cost(products, 2 * b * products, 4 * b * products, 0, gathered + 2 * gathered, 2)
+    assert cost.tensor_parallel_torch == by_torch  # its end is gathered, and the gradient of its input summed
     pair = estimate_cost([(n, n), (n, n)], p, k, size, b, torch.bfloat16)
     assert (pair.tensor_parallel.sent_bytes, pair.tensor_parallel.calls) == (4 * gathered, 4)
+    assert pair.tensor_parallel.replicated == pair.tensor_parallel_torch.replicated == n  # what is added to the sum
+    assert (pair.tensor_parallel_torch.sent_bytes, pair.tensor_parallel_torch.calls) == (4 * gathered, 2)
     assert (pair.tensor_parallel_layerwise.layer_bytes, pair.tensor_parallel_layerwise.calls) == (2 * gathered, 6)
     both = estimate_data_parallel(one, size, b, "bfloat16")
     forward, sent = 2 * (b // size) * n * n, (size - 1) * n * n * s // size
-    assert both.ddp == Cost(n * n, forward, 2 * forward, calls=1, weight_bytes=2 * sent)
+    assert both.ddp == Cost(n * n, forward, 2 * forward, calls=1, weight_bytes=2 * sent, replicated=n * n)
     assert both.fsdp == Cost(n * n // size, forward, 2 * forward, calls=3, weight_bytes=3 * sent)
+
+
+def buckets_of(module):
+    """How many buckets torch makes of a module's gradients, in the order in which they are ready."""
+    sizes = [p.numel() * 4 for p in reversed(list(module.parameters()))]
+    parameters = [torch.empty(size // 4, device="meta") for size in sizes]
+    assigned, _ = dist._compute_bucket_assignment_by_size(parameters, [dist._DEFAULT_FIRST_BUCKET_BYTES, 25 * 2**20])
+    return len(assigned)
 
 
 def test_data_parallel_edges():
     alone = estimate_data_parallel([(8, 8)], 1, 5, entry_needs_grad=False)
-    assert alone.ddp == alone.fsdp == Cost(72, 640, 640)
-    wide = estimate_data_parallel([(2**12, 2**12)] * 2, 2, 8).ddp
-    assert wide.calls == math.ceil(wide.weights * 4 / BUCKET_BYTES) == 6
+    assert alone.fsdp == Cost(72, 640, 640) and alone.ddp == replace(alone.fsdp, replicated=72)
+    for width, depth in ((512, 4), (1024, 4), (2048, 2), (2048, 5)):  # a bucket closes with the parameter that fills it
+        counted = estimate_data_parallel([(width, width)] * depth, 2, 8).ddp
+        assert counted.calls == buckets_of(chain(*[width] * (depth + 1)))
     assert estimate_data_parallel([(4, 5)], 2, 8).fsdp.weights == 3 * 5  # rank 0's three of five rows
     with pytest.raises(PhantomError, match="layers is empty"):
         estimate_data_parallel([], 2, 8)

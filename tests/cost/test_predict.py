@@ -1,6 +1,7 @@
 """The predicted step: its operations are the cost model's, and the plan command shows what it says."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,11 @@ from lightning_phantom.commands.cli import main
 from lightning_phantom.commands.compare import options as compare
 from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.commands.terminal import LABELS
-from lightning_phantom.cost.count import ELEMENT_BYTES, Group, estimate_cost
-from lightning_phantom.cost.data_parallel import Rest, estimate_data_parallel
-from lightning_phantom.cost.layer import Layer, as_layers, is_row
+from lightning_phantom.cost.count import ELEMENT_BYTES, TENSOR_PARALLEL, Group, cuts, estimate_cost
+from lightning_phantom.cost.data_parallel import Dense, Divided, estimate_data_parallel
+from lightning_phantom.cost.layer import Layer, as_layers
+from lightning_phantom.cost.methods import EXACT, METHODS
 from lightning_phantom.cost.predict import (
-    METHODS,
     Machine,
     Stage,
     Work,
@@ -25,7 +26,7 @@ from lightning_phantom.cost.predict import (
     predict,
     step_time,
 )
-from lightning_phantom.cost.scale import Setting, best, stops_paying
+from lightning_phantom.cost.scale import Setting, best, pays_from, stops_paying
 from lightning_phantom.distributed import comm
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.measure.machine import nonnegative_fit
@@ -52,8 +53,7 @@ def test_stages_hold_the_work_and_the_bytes_of_the_cost_model(p, ranks):
     group, k, tokens, layers = Group(ranks, 96, 4), 2, 96, as_layers(CHAIN)
     stages = {
         "phantom": [s for layer in layers for s in phantom_stages(layer, p, k, group)],
-        "tensor_parallel": [s for layer in layers for s in exact_stages(layer, is_row(layer), group)],
-        "tensor_parallel_layerwise": [s for layer in layers for s in exact_stages(layer, False, group)],
+        **{m: [s for each in cuts(CHAIN, m) for s in exact_stages(*each, group)] for m in TENSOR_PARALLEL},
     }
     estimate = estimate_cost(CHAIN, p, k, ranks, tokens)
     for method, those in stages.items():
@@ -70,6 +70,8 @@ def test_a_collective_is_waited_for_only_beyond_the_work_beside_it():
     seen = Stage(hidden_behind=Work(flops=100), sent_bytes=20, calls=1)  # 2 s more than the 1 s beside it
     time = step_time([Stage(Work(flops=500)), hidden, seen], machine, 4)
     assert (time.compute_s, time.communication_s, time.waited_s, time.seconds) == (5.0, 6.0, 2.0, 7.0)
+    half = step_time([hidden, seen], replace(machine, overlap=0.5), 4)
+    assert half.waited_s == (3 - 1.5) + (3 - 0.5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -78,7 +80,7 @@ def test_what_is_hidden_and_what_is_waited_for(method):
     layers = [Layer(64, 64, enters=True), Layer(64, 64, leaves=True)]
 
     def waited(machine):
-        return predict(layers, 4, 2, 2, 96, machine)[method]
+        return predict(layers, 4, 2, 2, 96, machine, smaller=Dense((Layer(64, 32),)))[method]
 
     slow, fast = (waited(Machine(rate, float("inf"), 0.0, 1e9, 0.0)) for rate in (1e-3, float("inf")))
     assert slow.communication_s == fast.communication_s == pytest.approx(fast.waited_s)
@@ -88,7 +90,9 @@ def test_what_is_hidden_and_what_is_waited_for(method):
         "fsdp": 0.0,  # every layer behind its own products
         "tensor_parallel": gathered,  # the sum of the row-parallel layer
         "tensor_parallel_layerwise": 2 * exchange,  # the exit there and back
+        "tensor_parallel_torch": 4 * gathered,  # two all-reduces
         "phantom": 4 * exchange,
+        "smaller": 0.0,
     }
     assert slow.waited_s == pytest.approx(expected[method])
 
@@ -97,15 +101,51 @@ def test_predicted_times_follow_the_counts():
     compute_only = Machine(1e9, float("inf"), 0.0, float("inf"), 0.0)
     times = predict(CHAIN, 4, 2, 2, 96, compute_only)
     estimate = estimate_cost(CHAIN, 4, 2, 2, 96)
-    assert set(times) == set(METHODS)
-    for method in ("tensor_parallel", "tensor_parallel_layerwise", "phantom"):
+    assert list(times) == [method for method in METHODS if method != "smaller"]
+    for method in (*TENSOR_PARALLEL, "phantom"):
         assert times[method].seconds == pytest.approx(getattr(estimate, method).flops / 1e9)
     for method in ("ddp", "fsdp"):
         assert times[method].seconds == pytest.approx(times["tensor_parallel"].seconds)  # half of the tokens each
-    rest = Rest((Layer(64, 80),), 1000)
+    rest, small = Dense((Layer(64, 80),), 1000), Dense((Layer(64, 32),))
     rest_flops = estimate_data_parallel(rest.layers, 2, 96).ddp.flops
-    for method, time in predict(CHAIN, 4, 2, 2, 96, compute_only, rest=rest).items():
-        assert time.seconds == pytest.approx(times[method].seconds + rest_flops / 1e9)
+    whole = predict(CHAIN, 4, 2, 2, 96, compute_only, rest=rest, smaller=small)
+    assert list(whole) == list(METHODS)
+    assert whole.pop("smaller").seconds == pytest.approx(3 * 2 * 48 * 64 * 32 / 1e9)
+    for method, time in whole.items():
+        ranks = 2 if method == "tensor_parallel_torch" else 1  # each of which computes all of it
+        assert time.seconds == pytest.approx(times[method].seconds + ranks * rest_flops / 1e9)
+
+
+def test_what_stands_beside_linears_and_collectives():
+    """With no time for products, starts and sending: what elements are read and written."""
+    memory_only, rest = Machine(float("inf"), 4.0, 0.0, float("inf"), 0.0), Dense((Layer(8, 24, False),), 100)
+    layers, small = [Layer(8, 16, False, enters=True), Layer(16, 8, False, leaves=True)], Dense((Layer(8, 4, False),))
+    held = {method: 1000 + n for n, method in enumerate(METHODS)}
+    arguments = (layers, 2, 1, 2, 64, memory_only, "float32", rest, None, small)
+    without, whole = predict(*arguments), predict(*arguments, held)
+    for method in METHODS:
+        outputs = 32 * (4 if method == "smaller" else 16 + 8 + 24)
+        outputs += 32 * (8 + 24) * (method == "tensor_parallel_torch")  # its ranks have all tokens there
+        expected = 5 * outputs + 3 * held[method]
+        assert whole[method].seconds - without[method].seconds == pytest.approx(expected), method
+
+
+def test_gradients_go_into_buckets_and_weights_out_of_shards():
+    memory_only, layer = Machine(float("inf"), 4.0, 0.0, float("inf"), 0.0), Layer(8, 16, False)
+    alone, two = (predict([layer], 2, 1, ranks, 64 * ranks, memory_only) for ranks in (1, 2))
+    assert two["ddp"].compute_s - alone["ddp"].compute_s == 4 * 128
+    assert two["fsdp"].compute_s - alone["fsdp"].compute_s == 2 * (2 * 128 + 2 * 64) + 2 * 128
+
+
+def test_every_kind_of_collective_has_its_rate():
+    machine = Machine(float("inf"), float("inf"), 0.0, 1e9, 0.0, 2e9, 4e9)
+    layers = [Layer(64, 64, False, enters=True), Layer(64, 64, False, leaves=True)]
+    sent = {m: predict(layers, 4, 2, 2, 96, machine)[m].communication_s * 1e9 for m in EXACT}
+    weights, activations = 2 * 64 * 64 * 4, 96 * 64 * 4
+    assert sent["ddp"] == pytest.approx(weights / 2)
+    assert sent["fsdp"] == pytest.approx(weights + weights / 2 / 4)
+    assert sent["tensor_parallel"] == pytest.approx(4 * activations / 2)
+    assert sent["tensor_parallel_torch"] == pytest.approx(2 * activations / 2)
 
 
 def test_nonnegative_fit():
@@ -134,19 +174,23 @@ def test_the_sweep_ends_where_phantom_stops_paying():
     )
     assert first.ratio("flops", "ddp") == first.ratio("flops", "fsdp") == first.tp_ratio("flops")
     for row in rows:
-        assert row.ratio("step") == max(row.ratio("step", method) for method in METHODS[:-1])
+        assert row.ratio("step") == max(row.ratio("step", method) for method in EXACT)
     on_four = setting.sweep(4)
     assert [row.num_blocks for row in on_four] == [4, 8, 16, 32, 64, 128, 256]
     assert best(on_four).num_blocks == 16
 
 
-def test_the_rest_of_a_model_costs_every_method_alike():
-    layers, rest = (Layer(64, 64, enters=True), Layer(64, 64, leaves=True)), Rest((Layer(64, 96, False),), 500)
-    alone, whole = (Setting(layers, 4, 128, "float32", MACHINE, r).scale(4, 4) for r in (Rest(), rest))
-    for method in METHODS:
-        more, less, ways = whole.costs[method], alone.costs[method], 3 if method == "fsdp" else 2
+def test_what_the_rest_of_a_model_costs():
+    layers, rest = (Layer(64, 64, enters=True), Layer(64, 64, leaves=True)), Dense((Layer(64, 96, False),), 500)
+    alone, whole = (Setting(layers, 4, 128, "float32", MACHINE, r).scale(4, 4) for r in (Dense(), rest))
+    assert list(alone.costs) == list(whole.times) == [method for method in METHODS if method != "smaller"]
+    for method in alone.costs:
+        more, less = whole.costs[method], alone.costs[method]
+        shared = method == "tensor_parallel_torch"  # its ranks read the same batches, and average nothing
+        ways = 0 if shared else 3 if method == "fsdp" else 2
         assert more.weights - less.weights == (64 * 96 + 500) // (4 if method == "fsdp" else 1)
-        assert more.flops_forward - less.flops_forward == 2 * 32 * 64 * 96
+        assert more.replicated - less.replicated == (0 if method == "fsdp" else 64 * 96 + 500)
+        assert more.flops_forward - less.flops_forward == 2 * (128 if shared else 32) * 64 * 96
         assert more.weight_bytes - less.weight_bytes == ways * 3 * 4 * (64 * 96 + 500) // 4
         sent, calls = (
             (whole.times[method].communication_s - alone.times[method].communication_s),
@@ -156,6 +200,32 @@ def test_the_rest_of_a_model_costs_every_method_alike():
         assert more.layer_bytes == less.layer_bytes
     assert whole.ratio("flops") > alone.ratio("flops")
     assert whole.costs["ddp"].weights == 2 * (64 * 64 + 64) + 64 * 96 + 500
+    assert alone.costs["tensor_parallel"].weight_bytes == 2 * 3 * 64 * 4 // 4  # a bias added to a sum is every rank's
+
+
+def test_methods_that_divide_the_model_otherwise():
+    layers, rest = (Layer(64, 64, enters=True), Layer(64, 64, leaves=True)), Dense((Layer(64, 10),))
+    exact = Divided((*layers, Layer(64, 10, enters=True, leaves=True)))
+    small = Dense((Layer(64, 48), Layer(48, 64)), 7)
+    setting = Setting(layers, 4, 128, "float32", MACHINE, rest, exact, small, {"tensor_parallel_torch": "a reason"})
+    on_two, on_four = setting.scale(4, 2), setting.scale(4, 4)
+    assert list(on_two.costs) == list(on_two.times) == [m for m in METHODS if m != "tensor_parallel_torch"]
+    assert on_two.costs["tensor_parallel_layerwise"].weights == (2 * 65 * 64 + 65 * 10) // 2
+    assert on_four.costs["tensor_parallel_layerwise"].weights == 2 * 65 * 64 // 4 + 65 * 10  # 10 is no multiple of 4
+    assert on_two.costs["smaller"] == small.cost(2, 128)
+    assert on_two.costs["smaller"].weights == 65 * 48 + 49 * 64 + 7
+    nothing = Setting(layers, 4, 128, "float32", MACHINE, rest, Divided((), exact.dense)).scale(4, 2)
+    assert list(nothing.costs) == ["ddp", "fsdp", "phantom"] and nothing.tp_ratio("flops") == 0
+
+
+def test_from_how_many_features_on_phantom_pays():
+    def of(width):
+        return Setting((Layer(width, width, enters=True, leaves=True),), 0.25, 256, "float32", MACHINE)
+
+    features = pays_from(of(512), 4, 4)
+    assert features == pays_from(of(1024), 4, 4) and 8 < features < 2**15
+    assert of(features).scale(4, 4).ratio("step") <= 1 < of(features // 2).scale(4, 4).ratio("step")
+    assert pays_from(Setting((Layer(64, 64),), 64, 256, "float32", MACHINE), 64, 4) is None  # its floor: 2 b k n
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -219,14 +289,17 @@ def test_plan_command(tmp_path, capsys):
     out, result = run_plan(tmp_path, capsys, "--ranks", "2", "--num-blocks", "4", "--tokens", "256", *RATES)
     assert "Phantom plan: 3 of 3 linears, num_blocks=4" in out and "It stops paying" in out
     methods = result["here"]["methods"]
-    expected = estimate_cost([(64, 64)] * 3, 4, 0.25, 2, 256)
+    expected = estimate_cost([(64, 64)] * 3, 4, 0.25, 2, 256, entry_needs_grad=False)  # nothing is before it
     assert methods["phantom"]["sent_bytes"] == expected.phantom.sent_bytes
     assert methods["tensor_parallel"]["flops"] == expected.tensor_parallel.flops
     weights = 3 * (64 * 64 + 64)
     assert methods["ddp"]["weights"] == weights == 2 * methods["fsdp"]["weights"]
-    assert methods["ddp"]["sent_bytes"] == weights * 4 and methods["ddp"]["flops"] == 3 * 6 * 128 * 64**2
+    assert methods["ddp"]["sent_bytes"] == weights * 4 and methods["ddp"]["flops"] == (3 * 6 - 2) * 128 * 64**2
     assert methods["fsdp"]["sent_bytes"] == weights * 6
-    assert list(methods) == [m for m in compare.METHODS if m in methods]  # in the words and the order of `compare`
+    assert list(methods) == list(METHODS) and compare.METHODS is METHODS  # one list with `compare`
+    assert result["left_out"] == {} and "Left out" not in out
+    assert methods["smaller"]["weights"] == pytest.approx(2 * methods["phantom"]["weights"], rel=0.1)
+    assert "features of the widest layer on (it has 64" in out and "Phantom's 9 collectives take" in out
     assert result["here"]["fastest"] in methods and f"of {LABELS[result['here']['fastest']]}'s" in out
     assert result["machine_origin"] == dict.fromkeys(("flops_per_s", "latency_s", "link_bytes_per_s"), "given")
     assert f"{methods['phantom']['weights']:,}" in out
@@ -238,7 +311,8 @@ def test_plan_command_simulates(tmp_path, capsys):
     assert "One of 16 ranks, p=16" in out and "256 tokens" in out  # as many for each rank
     simulation = result["simulation"]
     for method, one in simulation["measured"].items():
-        assert one["sent_bytes"] == simulation["methods"][method]["sent_bytes"]
+        counted = simulation["methods"][method]
+        assert one["sent_bytes"] == counted["layer_bytes"] + counted["boundary_bytes"]
 
 
 def measured_on_two_ranks(folder):

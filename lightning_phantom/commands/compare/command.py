@@ -106,9 +106,13 @@ class Comparison:
         self.runs: list[dict[str, Any]] = []
         self.left_out: dict[str, str] = {}
 
-    def run(self) -> None:
-        """Train by every method, in turn, round after round; show, write and draw what came of it on the first rank."""
-        request, first = self.request, self.job.rank == 0
+    def run(self) -> dict[str, Any] | None:
+        """Train by every method, in turn, round after round; show, write and draw what came of it on the first rank.
+
+        Returns:
+            The result (see `summarise`) on the first rank, None on the others.
+        """
+        request, first, result = self.request, self.job.rank == 0, None
         recipes = {method: request.recipe(method) for method in request.methods}
         methods = self._able(recipes)
         with progress(len(methods) * request.rounds) if first else nullcontext() as advance:
@@ -120,11 +124,12 @@ class Comparison:
                     if first:
                         result = summarise(request, self.environment(), self.runs, self.left_out)
                         write_json(result, request.json)  # after each run, so that a failure loses one
-        if first:
+        if result is not None:
             show_result(result)
             if request.plot:
                 write_plot(result, request.plot)
         self.job.gather("end", None)
+        return result
 
     def environment(self) -> dict[str, Any]:
         """Where it runs."""
@@ -158,8 +163,8 @@ class Comparison:
             given = self._phantom_arguments(recipe)
             names = ("num_blocks", "phantom_width", "plan")
             config = PhantomConfig(**{"num_blocks": self.job.size} | {n: given[n] for n in names if n in given})
-            argument = smaller_argument(self.request.recipe("smaller"), config)
-            recipes["smaller"] = self.request.recipe("smaller", argument)
+            name, width = smaller_argument(self.request.recipe("smaller"), config)
+            recipes["smaller"] = self.request.recipe("smaller", f"model.{name}={width}")
 
     def _phantom_arguments(self, recipe: Recipe) -> dict[str, Any]:
         request = self.request

@@ -9,13 +9,9 @@ from pathlib import Path
 
 from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.commands.terminal import command_parser, output_file, phantom_width
+from lightning_phantom.cost.methods import METHODS
 from lightning_phantom.errors import PhantomError
 
-METHODS = (
-    *("ddp", "fsdp", "tensor_parallel", "tensor_parallel_layerwise", "tensor_parallel_torch"),
-    *("phantom", "smaller"),
-)
-EXACT = METHODS[:5]  # they train the dense model
 OTHERS = ("fsdp", "tensor_parallel_torch", "smaller")  # not every model can be trained so
 LEAST_WARMUP = 2  # the strategies compare their ranks in a fit's first two batches, which no later step pays for
 

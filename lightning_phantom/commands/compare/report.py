@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lightning_phantom.commands.compare.options import EXACT, Request
+from lightning_phantom.commands.compare.options import Request
+from lightning_phantom.cost.methods import EXACT
 
 UNTIMED = ("ddp", "fsdp", "tensor_parallel_torch", "smaller")  # whoever waits in their collectives is not this package
 SHARED_BATCHES = ("tensor_parallel_torch",)  # its ranks read the same

@@ -23,8 +23,8 @@ GRAINS = (8, 1, 64)  # of what the width is a multiple: many models want one of 
 NEAR = 0.1  # how far from the phantom model's weights it may be
 
 
-def smaller_argument(recipe: Recipe, config: PhantomConfig) -> str:
-    """The argument that makes the config's dense model about as small as its phantom model: `model.width=512`.
+def smaller_argument(recipe: Recipe, config: PhantomConfig) -> tuple[str, int]:
+    """The model's argument that makes it, dense, about as small as the phantom model: `("width", 512)`.
 
     Raises:
         PhantomError: there is none; why.
@@ -52,7 +52,7 @@ def smaller_argument(recipe: Recipe, config: PhantomConfig) -> str:
             failure = f"the model does not take some of the values of {name!r} that were tried: {error}."
             continue
         if abs(found - wanted) <= NEAR * wanted:
-            return f"model.{name}={width}"
+            return name, width
         failure = f"with {name}={width} the dense model has {found:,} weights, and the phantom one {wanted:,}."
     raise PhantomError(f"{failure} Give a smaller model's config with --smaller FILE.")
 

@@ -185,7 +185,6 @@ class Probe(pl.Callback):
             if not isinstance(trainer.strategy, SplitStrategy):
                 self._by_torch += [self._counting.traffic]
             self._counting = None
-            self.measured.gradient_calls = _buckets(trainer.strategy.model)
         if self._recording is not None:
             self._recording.__exit__(None, None, None)
             self._recording = None
@@ -206,6 +205,10 @@ class Probe(pl.Callback):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.measured.samples = pl.utilities.data.extract_batch_size(batch) * trainer.accumulate_grad_batches
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ask DDP for its buckets: it rebuilds them before the second step, and says so from the third on."""
+        self.measured.gradient_calls = _buckets(trainer.strategy.model)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock."""
