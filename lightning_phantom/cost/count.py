@@ -15,9 +15,10 @@ group's ranks together, s bytes an element. For a square n x n linear:
 Outside the layers every rank has its own tokens with all features, b/R of them; inside, the group's with its own
 features. Phantom goes from one to the other and back in all-to-alls. A column-parallel layer gathers its input (tokens
 at the entry, features inside) and reduce-scatters its gradient; a row-parallel one reduce-scatters its output and
-gathers its gradient; a column-parallel one whose output leaves ends in an all-to-all. "Twice" is forward and backward,
-but for an input that needs no gradient. What DDP sends for the parameters of TP and phantom that every rank holds, and
-for shards where W > R, is not counted in their rows: it depends on W, and on the rest of the model.
+gathers its gradient; a column-parallel one whose output leaves ends in an all-to-all. A norm of features that lie on
+several ranks gathers its statistics and sums those of its gradient. "Twice" is forward and backward, but for an input
+that needs no gradient. What DDP sends for the parameters of TP and phantom that every rank holds, and for shards where
+W > R, is not counted in their rows: it depends on W, and on the rest of the model.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ class Collective(NamedTuple):
     """What one rank gives to the others at one place of a step.
 
     Attributes:
-        of: `"input"`, `"latents"` or `"output"` of a layer, or of their gradient.
+        of: `"input"`, `"latents"` or `"output"` of a layer, `"statistics"` of a norm behind it, or of their gradient.
         backward: whether it is the gradient's.
         sent_bytes: bytes that this rank sends.
         calls: collectives issued; 0 where it travels in a sibling's.
@@ -199,7 +200,7 @@ def phantom_collectives(layer: Layer, group: Group, num_blocks: int, k: int) -> 
         found += [Collective("input", back, entered, 1, True) for back in ways[: 1 + layer.needs_input_grad]]
     if layer.leaves:
         found += [Collective("output", back, left, 1, True) for back in ways]
-    return found
+    return found + norm_collectives(layer, group)
 
 
 def exact_collectives(layer: Layer, group: Group, row: bool) -> list[Collective]:
@@ -215,6 +216,16 @@ def exact_collectives(layer: Layer, group: Group, row: bool) -> list[Collective]
         found += [Collective("output", back, group.gathered(layer.out_features), 1, True) for back in ways]
     elif layer.leaves:
         found += [Collective("output", back, group.exchanged(layer.out_features), 1, True) for back in ways]
+    return found if row else found + norm_collectives(layer, group)
+
+
+def norm_collectives(layer: Layer, group: Group) -> list[Collective]:
+    """Every rank tells the others what its features say of each token; backward such numbers are added up."""
+    found = []
+    for numbers in filter(None, layer.norms):
+        elements, size = numbers * group.tokens * (group.num_ranks - 1), max(4, group.element_bytes)
+        found.append(Collective("statistics", False, elements * size))
+        found.append(Collective("statistics", True, 2 * elements // group.num_ranks * size))
     return found
 
 

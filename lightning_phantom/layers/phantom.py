@@ -40,7 +40,8 @@ from lightning_phantom.distributed.exchange import gather_latents
 from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers.factors import Blocks, Factors, from_dense, random_bias, random_factors, to_dense
-from lightning_phantom.layers.split import SplitLinear, differentiate, of_those_read
+from lightning_phantom.layers.split import SplitLinear, of_those_read
+from lightning_phantom.layers.twice import differentiate
 
 FACTORS = ("weight", "compressor_weight", "decompressor_weight")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -303,18 +303,6 @@ def _cast(x: Tensor, factors: Sequence[Any]) -> tuple[Tensor, list[Any]]:
     dtype = torch.get_autocast_dtype(x.device.type)
     x, *cast = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *factors))
     return x, cast
-
-
-def differentiate(
-    compute: Callable[..., Sequence[Tensor]], inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """The gradients of `compute(*inputs)`, None where not needed, as values that have gradients themselves.
-
-    For backwards that are differentiated again (`create_graph=True`): the forward is computed once more.
-    """
-    wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(compute(*inputs), wanted, grads, create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in needed]
 
 
 def of_those_read(

@@ -91,6 +91,7 @@ class Plan:
                 shares_input=n > 0,
                 phantom_width=by_name[name].phantom_width,
                 depth=group.depth,
+                norms=group.norms if n == 0 else (),
             )
             for ffn in self.ffns
             for group in ffn.groups

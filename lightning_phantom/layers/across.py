@@ -1,0 +1,216 @@
+"""The table of operations that know how features lie between ranks: norms, and parameters with a number a feature.
+
+They are done on what this rank holds, its own features of the group's tokens [T, w/R], and give the same:
+
+| operation | what the ranks exchange |
+|---|---|
+| layer norm over the last dimension | two numbers a token, forward and backward |
+| RMS norm over the last dimension | one number a token, forward and backward |
+| PReLU | nothing |
+
+Each entry is called as the function that it stands for, and gives NotImplemented where that one needs whole tokens. A
+rank reads its own slice of parameters that all ranks hold, and only of parameters (`operations.share_of`).
+
+Layer norm, with x_r [T, n] of rank r, n = w/R, dy the gradient at y, g = dy * weight, and <.> the mean over all w
+features of a token, which is the mean over the ranks of their means:
+
+    mean = <x>    s = 1 / sqrt(<(x - mean)^2> + eps)    h = (x - mean) s    y = h * weight + bias
+    dx = s (g - <g> - h <g h>)    dweight = sum over tokens of dy * h    dbias = sum over tokens of dy
+
+RMS norm has no mean, no bias, and no <g>.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_phantom.distributed.agreement import Rows
+from lightning_phantom.distributed.exchange import gather_latents
+from lightning_phantom.distributed.ranks import Ranks
+from lightning_phantom.layers.held import Held
+from lightning_phantom.layers.operations import are_inside, goes_along, share_of
+from lightning_phantom.layers.twice import differentiate
+
+Among = tuple[Ranks, Rows, str]  # with whom, for which tokens and for what numbers are exchanged
+
+
+def _layer_norm(
+    input: Any,
+    normalized_shape: Sequence[int],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Any:
+    return _norm(torch.layer_norm, input, normalized_shape, [weight, bias], eps)
+
+
+def _rms_norm(input: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
+    if eps is None and isinstance(input, Held):
+        eps = _epsilon(input.dtype)
+    return _norm(torch.rms_norm, input, normalized_shape, [weight], eps)
+
+
+def _norm(norm: Any, input: Any, normalized_shape: Sequence[int], parameters: Sequence[Any], eps: Any) -> Any:
+    x, shapes = _inside(input, *parameters), [normalized_shape, *(p.shape for p in _given(parameters))]
+    if x is None or any(tuple(shape) != input.shape[-1:] for shape in shapes):
+        return NotImplemented
+    ranks, rows, layer = input.place
+    ranks.agreement.note(eps)
+    shares = _shares(parameters, ranks)
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) or any(share.dtype != dtype for share in _given(shares)):
+        dtype = norm(x[:0], x.shape[1:], *shares, eps).dtype
+    among = ranks, rows, f"{norm.__name__} behind {layer!r}"
+    weight, bias = (*shares, None)[:2]
+    y = _Norm.apply(x, weight, bias, among, eps, norm is torch.layer_norm, dtype)
+    return input.wrap(y, input.shape, input.place)
+
+
+def _prelu(input: Any, weight: Any) -> Any:
+    x = _inside(input, weight)
+    if x is None or (weight.numel() > 1 and input.dim() != 2):  # it has a number for each of the second dimension
+        return NotImplemented
+    return input.wrap(torch.prelu(x, share_of(weight, input.place.ranks)), input.shape, input.place)
+
+
+class Operation(NamedTuple):
+    """An entry of the table.
+
+    Attributes:
+        apply: what is called in its place.
+        numbers: how many each rank tells the others of a token, forward, and adds up with theirs, backward.
+    """
+
+    apply: Callable[..., Any]
+    numbers: int = 0
+
+
+TABLE: dict[Any, Operation] = {
+    F.layer_norm: Operation(_layer_norm, 2),
+    torch.layer_norm: Operation(_layer_norm, 2),
+    F.rms_norm: Operation(_rms_norm, 1),
+    torch.rms_norm: Operation(_rms_norm, 1),
+    torch.prelu: Operation(_prelu),
+    Tensor.prelu: Operation(_prelu),
+}
+_MODULES: dict[Any, Any] = {nn.LayerNorm: F.layer_norm, nn.RMSNorm: F.rms_norm, nn.PReLU: torch.prelu}
+
+
+def operation_of(module: nn.Module) -> Operation | None:
+    """The entry that a module's forward is a call of, if it has one."""
+    for cls, function in _MODULES.items():
+        if isinstance(module, cls) and type(module).forward is cls.forward:
+            return None if len(getattr(module, "normalized_shape", ("last",))) != 1 else TABLE[function]
+    return None
+
+
+# What they read
+
+
+def _inside(activation: Any, *parameters: Any) -> Tensor | None:
+    """What this rank holds of an activation, if it and the parameters that go along may be read there."""
+    if not isinstance(activation, Held) or not are_inside([activation]):
+        return None
+    if all(isinstance(p, nn.Parameter) and goes_along(p, activation) for p in _given(parameters)):
+        return activation.local
+    return None
+
+
+def _given(values: Sequence[Any]) -> list[Any]:
+    return [value for value in values if value is not None]
+
+
+def _shares(parameters: Sequence[Any], ranks: Ranks) -> list[Any]:
+    return [None if parameter is None else share_of(parameter, ranks) for parameter in parameters]
+
+
+# Norms over features that lie on several ranks
+
+
+class _Norm(torch.autograd.Function):
+    """Layer norm or, if not `centred`, RMS norm of x [T, w/R]; see the module's docstring."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Any, bias: Any, among: Among, eps: float, centred: bool, dtype: torch.dtype
+    ) -> Tensor:
+        mean, scale = _statistics(_wide(x), among, eps, centred)
+        ctx.options = among, eps, centred, dtype
+        ctx.save_for_backward(x, weight, bias, mean, scale)
+        return _scaled(_standard(x, mean, scale), weight, bias).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        (ranks, rows, what), _, centred, _ = ctx.options
+        x, weight, bias, mean, scale = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            needed = ctx.needs_input_grad[:3]
+            return (
+                *differentiate(lambda *given: [_norm_of(*given, *ctx.options)], (x, weight, bias), needed, [dy]),
+                *_NONE,
+            )
+
+        dy, h = _wide(dy), _standard(x, mean, scale)
+        if needs_x:
+            g = dy if weight is None else dy * weight
+            means = [(g * h).mean(1, keepdim=True), *([g.mean(1, keepdim=True)] if centred else [])]
+            summed = ranks.sum(torch.cat(means, 1), rows, f"gradient: {what}")
+        d_weight = (dy * h).sum(0).to(weight.dtype) if needs_weight else None
+        d_bias = dy.sum(0).to(bias.dtype) if needs_bias else None
+        if not needs_x:
+            return (None, d_weight, d_bias, *_NONE)
+        of_gh, *of_g = (summed() / ranks.size).split(1, 1)
+        dx = torch.addcmul(g, h, of_gh, value=-1)
+        for each in of_g:
+            dx -= each
+        return (dx.mul_(scale).to(x.dtype), d_weight, d_bias, *_NONE)
+
+
+_NONE = (None,) * 4
+
+
+def _norm_of(x: Tensor, weight: Any, bias: Any, among: Among, eps: float, centred: bool, dtype: torch.dtype) -> Tensor:
+    """What `_Norm` computes, as operations that have gradients of any order."""
+    return _scaled(_standard(x, *_statistics(_wide(x), among, eps, centred)), weight, bias).to(dtype)
+
+
+def _statistics(x: Tensor, among: Among, eps: float, centred: bool) -> tuple[Tensor | None, Tensor]:
+    """The mean over all features, if `centred`, and 1 / sqrt(variance + eps), of each token of x [T, w/R]: [T, 1]."""
+    if not centred:
+        squares = gather_latents(x.square().mean(1, keepdim=True), *among)
+        return None, (squares.mean(0) + eps).rsqrt()
+    variances, means = gather_latents(torch.cat(torch.var_mean(x, 1, correction=0, keepdim=True), 1), *among).split(
+        1, 2
+    )
+    mean = means.mean(0)
+    return mean, ((variances + (means - mean).square()).mean(0) + eps).rsqrt()
+
+
+def _standard(x: Tensor, mean: Tensor | None, scale: Tensor) -> Tensor:
+    return (_wide(x) if mean is None else x - mean) * scale
+
+
+def _scaled(h: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    h = h if weight is None else h * weight
+    return h if bias is None else h + bias
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In a type that sums can be taken in."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+@cache
+def _epsilon(dtype: torch.dtype) -> float:
+    """What rms_norm adds where it is not told: epsilon of the type that it computes in or, in older releases, of x's."""
+    wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    little = torch.rms_norm(torch.tensor([8 * wide**0.5], dtype=dtype), (1,))  # 8 / sqrt(65), if wide is added
+    return wide if little.item() > 0.5 else torch.finfo(dtype).eps
