@@ -6,6 +6,7 @@ They are done on what this rank holds, its own features of the group's tokens [T
 |---|---|
 | layer norm over the last dimension | two numbers a token, forward and backward |
 | RMS norm over the last dimension | one number a token, forward and backward |
+| batch norm of [N, w] over the tokens of the group | in training, what each has added to the running statistics |
 | PReLU | nothing |
 
 Each entry is called as the function that it stands for, and gives NotImplemented where that one needs whole tokens. A
@@ -18,6 +19,9 @@ features of a token, which is the mean over the ranks of their means:
     dx = s (g - <g> - h <g h>)    dweight = sum over tokens of dy * h    dbias = sum over tokens of dy
 
 RMS norm has no mean, no bias, and no <g>.
+
+Batch norm takes a feature's statistics over the tokens of the group, all of which are here: those of a SyncBatchNorm
+over the group. Running statistics are whole on every rank, as a state dict and other readers expect them.
 """
 
 from __future__ import annotations
@@ -73,6 +77,52 @@ def _norm(norm: Any, input: Any, normalized_shape: Sequence[int], parameters: Se
     return input.wrap(y, input.shape, input.place)
 
 
+def _batch_norm(
+    input: Any,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    x, running = _inside(input, weight, bias), _given([running_mean, running_var])
+    if x is None or input.dim() != 2 or any(t.shape != input.shape[-1:] for t in (*running, *_given([weight, bias]))):
+        return NotImplemented
+    ranks, rows, layer = input.place
+    ranks.agreement.note(momentum, eps)
+    # Copies: autograd keeps them for the backward, and the whole is written to below.
+    here = [None if t is None else t[ranks.slice_of(len(t))].clone() for t in (running_mean, running_var)]
+    y = F.batch_norm(x, *here, *_shares([weight, bias], ranks), training, momentum, eps)
+    if training and running:
+        _make_whole(running, _given(here), (ranks, rows, f"running statistics behind {layer!r}"))
+    return input.wrap(y, input.shape, input.place)
+
+
+@torch.no_grad()
+def _make_whole(running: Sequence[Tensor], here: Sequence[Tensor], among: Among) -> None:
+    """Write each rank's share of statistics into those that all ranks hold."""
+    ranks, rows, what = among
+    everyone = ranks.all_gather(torch.stack(list(here)), rows, what)()  # [R, 2, w/R]
+    for statistics, shares in zip(running, everyone.unbind(1), strict=True):
+        statistics.copy_(shares.flatten())
+
+
+def _torch_batch_norm(
+    input: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Any:
+    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
 def _prelu(input: Any, weight: Any) -> Any:
     x = _inside(input, weight)
     if x is None or (weight.numel() > 1 and input.dim() != 2):  # it has a number for each of the second dimension
@@ -97,10 +147,17 @@ TABLE: dict[Any, Operation] = {
     torch.layer_norm: Operation(_layer_norm, 2),
     F.rms_norm: Operation(_rms_norm, 1),
     torch.rms_norm: Operation(_rms_norm, 1),
+    F.batch_norm: Operation(_batch_norm),
+    torch.batch_norm: Operation(_torch_batch_norm),
     torch.prelu: Operation(_prelu),
     Tensor.prelu: Operation(_prelu),
 }
-_MODULES: dict[Any, Any] = {nn.LayerNorm: F.layer_norm, nn.RMSNorm: F.rms_norm, nn.PReLU: torch.prelu}
+_MODULES: dict[Any, Any] = {
+    nn.LayerNorm: F.layer_norm,
+    nn.RMSNorm: F.rms_norm,
+    nn.BatchNorm1d: F.batch_norm,
+    nn.PReLU: torch.prelu,
+}
 
 
 def operation_of(module: nn.Module) -> Operation | None:
@@ -210,7 +267,7 @@ def _wide(x: Tensor) -> Tensor:
 
 @cache
 def _epsilon(dtype: torch.dtype) -> float:
-    """What rms_norm adds where it is not told: epsilon of the type that it computes in or, in older releases, of x's."""
+    """What rms_norm adds if it is not told: epsilon of the type that it computes in or, in older releases, of x's."""
     wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     little = torch.rms_norm(torch.tensor([8 * wide**0.5], dtype=dtype), (1,))  # 8 / sqrt(65), if wide is added
     return wide if little.item() > 0.5 else torch.finfo(dtype).eps

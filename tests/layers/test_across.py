@@ -69,6 +69,14 @@ VECTORS = {
     "chosen": lambda: Calls(lambda h, s: torch.where(h > 0, h, s), learned(WIDTH)),
 }
 MATRICES = {  # which read the second dimension as features
+    "batch norm": lambda: nn.BatchNorm1d(WIDTH, momentum=0.3),
+    "batch norm, mean of all batches": lambda: nn.BatchNorm1d(WIDTH, eps=0.1, momentum=None, affine=False),
+    "batch norm, evaluating": lambda: nn.BatchNorm1d(WIDTH).eval(),
+    "batch norm, frozen": lambda: frozen(nn.BatchNorm1d(WIDTH)),
+    "batch norm, this batch only": lambda: nn.BatchNorm1d(WIDTH, track_running_stats=False),
+    "batch norm, function": lambda: Calls(
+        lambda h, w, b: torch.batch_norm(h, w, b, None, None, True, 0.1, 0.1, False), learned(WIDTH), learned(WIDTH)
+    ),
     "PReLU, a number a feature": lambda: nn.PReLU(WIDTH, init=0.3),
     "PReLU, function": lambda: Calls(lambda h, w: F.prelu(h, w) + h.prelu(w), learned(WIDTH)),
 }
@@ -82,8 +90,9 @@ class Net(nn.Module):
         super().__init__()
         self.first, self.up, self.between = nn.Linear(D, D), nn.Linear(D, WIDTH), make()
         self.down, self.last = nn.Linear(WIDTH, D), nn.Linear(D, 3)
-        for parameter in self.between.parameters():
-            parameter.data += 0.3 * torch.rand_like(parameter)
+        for value in (*self.between.parameters(), *self.between.buffers()):
+            if value.is_floating_point():
+                value.data += 0.3 * torch.rand_like(value)
 
     def forward(self, x):
         return self.last(self.down(self.between(self.up(self.first(x)))))
@@ -123,23 +132,29 @@ def loss_of(out, rank):
     return ((1 + rank) * out.sin()).sum()
 
 
-def penalty_of(loss, x):
-    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
-    return loss + grad.square().sum()
+def penalty_of(loss, *xs):
+    return sum(grad.square().sum() for grad in torch.autograd.grad(loss, xs, create_graph=True))
 
 
 def expected_of(dense, xs, groups, shared, twice):
-    """The outputs by rank, and the gradients of the mean loss: that of each rank's tokens, taken group by group."""
-    outs, total = [], 0.0
+    """The outputs and buffers by rank, and the gradients of the mean loss: that of each rank's tokens.
+
+    A group's tokens are one batch, for each group from the same buffers on.
+    """
+    outs, buffers, total, before = [], [], 0.0, [b.clone() for b in dense.buffers()]
     for ranks in groups:
+        for buffer, value in zip(dense.buffers(), before, strict=True):
+            buffer.data = value.clone()
         counts = [len(xs[r]) for r in ranks[: 1 if shared else None]]
         together = dense(torch.cat([xs[r] for r in ranks[: len(counts)]])).split(counts)
-        for n, r in enumerate(ranks):
-            outs.append(together[0 if shared else n])
-            loss = loss_of(outs[-1], ranks[0] if shared else r)
-            total = total + (penalty_of(loss, xs[ranks[0] if shared else r]) if twice else loss) / sum(map(len, groups))
-    total.backward()
-    return outs, {name: p.grad for name, p in dense.named_parameters()}
+        buffers += [{name: b.data for name, b in dense.named_buffers()}] * len(ranks)
+        of_group = [together[0 if shared else n] for n in range(len(ranks))]
+        loss = sum(loss_of(out, ranks[0] if shared else r) for out, r in zip(of_group, ranks, strict=True))
+        if twice:  # a batch norm has a token's gradient depend on the others' losses
+            loss = loss + penalty_of(loss, *(xs[r] for r in ranks))
+        outs, total = outs + of_group, total + loss
+    (total / len(outs)).backward()
+    return outs, buffers, {name: p.grad for name, p in dense.named_parameters()}
 
 
 def averaged(net, mesh):
@@ -162,7 +177,7 @@ def check(name, make, mesh, lead, way):
     shared, twice = way == "shared", way == "twice"
     net, dense = nets(make, mesh.phantom.group)
     xs = [tokens_of(r // each * each if shared else r, lead).requires_grad_() for r in range(size)]
-    outs, expected = expected_of(dense, xs, groups, shared, twice)
+    outs, buffers, expected = expected_of(dense, xs, groups, shared, twice)
 
     x = xs[rank].detach().clone().requires_grad_()
     run = net
@@ -177,19 +192,20 @@ def check(name, make, mesh, lead, way):
         mesh.phantom.agreement.shared_batches = False
     assert [g.layer for g in gathered] == ["down"], (name, gathered)
     loss = loss_of(out, groups[rank // each][0] if shared else rank)
-    (penalty_of(loss, x) if twice else loss).backward()
+    (loss + penalty_of(loss, x) if twice else loss).backward()
     if way == "ddp" and average is not None:
         average.remove()
 
     assert torch.allclose(out, outs[rank], rtol=1e-10, atol=1e-10), (name, "output")
     reader = groups[rank // each][0] if shared else rank
     of_x = xs[reader].grad * (size / each if shared else size)  # of the mean loss
-    assert torch.allclose(x.grad, of_x, rtol=1e-9, atol=1e-10), (name, "input")
+    assert torch.allclose(x.grad, of_x, rtol=1e-9, atol=1e-10), (name, way, "input")
     for key, grad in averaged(net, mesh).items():
         wanted = expected[key]
         assert (grad is None) == (wanted is None), (name, key)
         assert grad is None or torch.allclose(grad, wanted, rtol=1e-9, atol=1e-10), (name, way, key, grad, wanted)
-    return True
+    for key, value in net.named_buffers():
+        assert torch.allclose(value, buffers[rank][key], rtol=1e-10, atol=1e-10), (name, way, key)
 
 
 def every_case(each):
