@@ -8,6 +8,7 @@ They are done on what this rank holds, its own features of the group's tokens [T
 | RMS norm over the last dimension | one number a token, forward and backward |
 | batch norm of [N, w] over the tokens of the group | in training, what each has added to the running statistics |
 | PReLU | nothing |
+| GLU, chunk or split in two, of a gate and what it gates in one | nothing |
 
 Each entry is called as the function that it stands for, and gives NotImplemented where that one needs whole tokens. A
 rank reads its own slice of parameters that all ranks hold, and only of parameters (`operations.share_of`).
@@ -65,7 +66,7 @@ def _norm(norm: Any, input: Any, normalized_shape: Sequence[int], parameters: Se
     x, shapes = _inside(input, *parameters), [normalized_shape, *(p.shape for p in _given(parameters))]
     if x is None or any(tuple(shape) != input.shape[-1:] for shape in shapes):
         return NotImplemented
-    ranks, rows, layer = input.place
+    ranks, rows, layer, _ = input.place
     ranks.agreement.note(eps)
     shares = _shares(parameters, ranks)
     dtype = x.dtype
@@ -90,11 +91,12 @@ def _batch_norm(
     x, running = _inside(input, weight, bias), _given([running_mean, running_var])
     if x is None or input.dim() != 2 or any(t.shape != input.shape[-1:] for t in (*running, *_given([weight, bias]))):
         return NotImplemented
-    ranks, rows, layer = input.place
+    ranks, rows, layer, _ = input.place
     ranks.agreement.note(momentum, eps)
     # Copies: autograd keeps them for the backward, and the whole is written to below.
-    here = [None if t is None else t[ranks.slice_of(len(t))].clone() for t in (running_mean, running_var)]
-    y = F.batch_norm(x, *here, *_shares([weight, bias], ranks), training, momentum, eps)
+    here: list[Any] = [None if t is None else t[ranks.slice_of(len(t))].clone() for t in (running_mean, running_var)]
+    shares = _shares([weight, bias], ranks)
+    y = F.batch_norm(x, here[0], here[1], shares[0], shares[1], training, momentum, eps)
     if training and running:
         _make_whole(running, _given(here), (ranks, rows, f"running statistics behind {layer!r}"))
     return input.wrap(y, input.shape, input.place)
@@ -130,6 +132,42 @@ def _prelu(input: Any, weight: Any) -> Any:
     return input.wrap(torch.prelu(x, share_of(weight, input.place.ranks)), input.shape, input.place)
 
 
+def _glu(input: Any, dim: int = -1) -> Any:
+    if not _are_parts(input, 2, dim):
+        return NotImplemented
+    return input.wrap(F.glu(input.local, 1), _shape_of_part(input), input.place._replace(parts=1))
+
+
+def chunk(input: Any, chunks: int, dim: int = 0) -> Any:
+    """Cut into the parts of which this rank holds its features: views, as of a plain tensor."""
+    if not _are_parts(input, chunks, dim) or any(other._whole is not None for other in input.sharing_memory()):
+        return NotImplemented
+    made = []
+    for part in input.local.chunk(chunks, 1):
+        made.append(input.wrap(part, _shape_of_part(input), input.place._replace(parts=1)))
+        input._relatives.extend(made[-1]._relatives)
+        made[-1]._relatives = input._relatives
+    return tuple(made)
+
+
+def _split(input: Any, split_size: Any, dim: int = 0) -> Any:
+    if not isinstance(input, Held) or not isinstance(split_size, int | list | tuple):
+        return NotImplemented
+    half = input.shape[-1] // 2
+    return chunk(input, 2, dim) if split_size in (half, [half, half], (half, half)) else NotImplemented
+
+
+def _are_parts(activation: Any, parts: int, dim: int) -> bool:
+    """Whether what this rank holds may be cut where an activation is to be cut."""
+    if not isinstance(activation, Held) or activation.place.parts != parts or parts == 1:
+        return False
+    return dim in (-1, activation.dim() - 1) and are_inside([activation])
+
+
+def _shape_of_part(activation: Held) -> torch.Size:
+    return torch.Size((*activation.shape[:-1], activation.shape[-1] // activation.place.parts))
+
+
 class Operation(NamedTuple):
     """An entry of the table.
 
@@ -151,6 +189,11 @@ TABLE: dict[Any, Operation] = {
     torch.batch_norm: Operation(_torch_batch_norm),
     torch.prelu: Operation(_prelu),
     Tensor.prelu: Operation(_prelu),
+    F.glu: Operation(_glu),
+    torch.chunk: Operation(chunk),
+    Tensor.chunk: Operation(chunk),
+    torch.split: Operation(lambda tensor, split_size_or_sections, dim=0: _split(tensor, split_size_or_sections, dim)),
+    Tensor.split: Operation(_split),
 }
 _MODULES: dict[Any, Any] = {
     nn.LayerNorm: F.layer_norm,
@@ -173,7 +216,7 @@ def operation_of(module: nn.Module) -> Operation | None:
 
 def _inside(activation: Any, *parameters: Any) -> Tensor | None:
     """What this rank holds of an activation, if it and the parameters that go along may be read there."""
-    if not isinstance(activation, Held) or not are_inside([activation]):
+    if not isinstance(activation, Held) or activation.place.parts > 1 or not are_inside([activation]):
         return None
     if all(isinstance(p, nn.Parameter) and goes_along(p, activation) for p in _given(parameters)):
         return activation.local

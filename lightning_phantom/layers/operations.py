@@ -29,7 +29,7 @@ def by_feature(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     values = [*args, *kwargs.values()]
     activations = list(activations_in(values))
     first = activations[0]
-    ranks, rows, _ = first.place
+    ranks, rows, _, parts = first.place
     writes = name in IN_PLACE or bool(kwargs.get("inplace"))
     if "out" in kwargs or (writes and args[0] is not first):
         return NotImplemented
@@ -42,6 +42,7 @@ def by_feature(func: Any, name: str, args: Any, kwargs: Any) -> Any:
         if (
             activation.shape != first.shape
             or place.rows.counts != rows.counts
+            or place.parts != parts
             or place.ranks.process_group is not ranks.process_group
         ):
             return NotImplemented
@@ -97,7 +98,7 @@ def goes_along(parameter: Tensor, activation: Held) -> bool:
     """Whether a parameter has one number for all features, or one for each, and meets them along the last dimension."""
     width = parameter.shape[-1] if parameter.dim() else 1
     is_one_row = parameter.numel() == width and parameter.dim() <= activation.dim()
-    return is_one_row and width in (1, activation.shape[-1])
+    return is_one_row and (width == 1 or (width == activation.shape[-1] and activation.place.parts == 1))
 
 
 def share_of(parameter: Tensor, ranks: Ranks) -> Tensor:

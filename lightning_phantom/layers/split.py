@@ -67,6 +67,8 @@ class SplitLinear(nn.Linear):
         self.siblings: tuple[SplitLinear, ...] = (self,)
         self.init_seed: int | None = None
 
+    parts = 1  # of equal width that the output has, each of which ranks hold between them by itself
+
     # What a subclass defines
 
     def factors(self) -> tuple[Tensor | None, ...]:
@@ -102,6 +104,13 @@ class SplitLinear(nn.Linear):
     def dense_from(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The dense weight [out, in] that whole parameters, given by name, stand for."""
         raise NotImplementedError
+
+    def bias_from(self, whole: Tensor) -> Tensor:
+        """The dense bias [out] that the whole parameter stands for."""
+        return whole
+
+    def follow(self, record: Mapping[str, Any]) -> None:
+        """Read parameters as those of a checkpoint's record are to be read, where it leaves a choice."""
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the layer that loads it."""
@@ -165,7 +174,7 @@ class SplitLinear(nn.Linear):
     def _among_ranks(self, input: Tensor) -> Tensor:
         if isinstance(input, ShardedActivation):
             input.settle()
-            input = input.whole(self.name) if input.local is None else input
+            input = input.whole(self.name) if input.local is None or input.place.parts > 1 else input
         last: Last | None = self.ranks.agreement.last
         if last is None or not last.is_of(input):
             last = self._read(input)
@@ -180,7 +189,7 @@ class SplitLinear(nn.Linear):
         shape = (*input.shape[:-1], self.out_features)
         if self.leaves:
             return z.reshape(shape)
-        return ShardedActivation.wrap(z, shape, Place(self.ranks, last.rows, self.name))
+        return ShardedActivation.wrap(z, shape, Place(self.ranks, last.rows, self.name, self.parts))
 
     def _read(self, input: Tensor) -> Last:
         """Bring an input inside, and remember it for the layers that read it next."""

@@ -29,6 +29,7 @@ class Group(NamedTuple):
         exits: whether what they write goes back to whole tokens: it leaves, or such a norm in the FFN reads it.
         normed: whether the value comes out of an operation that knows how features lie (`layers.across`).
         norms: the operations of that kind on what they write: how many numbers a token each exchanges.
+        parts: 2 where what each writes is a gate and what it gates, side by side.
     """
 
     names: tuple[str, ...]
@@ -38,6 +39,7 @@ class Group(NamedTuple):
     exits: bool
     normed: bool = False
     norms: tuple[int, ...] = ()
+    parts: int = 1
 
 
 class FFN(NamedTuple):
@@ -229,6 +231,7 @@ def _connected(flows: list[Flow], wanted: set[str]) -> Iterator[tuple[Group, ...
                         exits=any(flow.exits or flow.name in read_outside for flow in group),
                         normed=group[0].normed,
                         norms=tuple(numbers for flow in group for numbers in flow.norms),
+                        parts=min(flow.parts for flow in group),
                     )
                 )
             yield tuple(joined)
@@ -256,7 +259,7 @@ def _registered(root: nn.Module, left: Mapping[str, Any]) -> Iterator[FFN]:
             yield _pair(tuple(run[:-1]), run[-1], "d -> h and h -> d in one block")
         elif len(run) == 2 and _holds_gate_and_up(root, *run):
             first, second = (Group((name,), depth, True, depth == 1, True) for depth, name in enumerate(run))
-            yield FFN((first, second), "d -> 2h and h -> d in one block: gate and up are one linear")
+            yield FFN((first._replace(parts=2), second), "d -> 2h and h -> d in one block: gate and up are one linear")
 
 
 def _holds_gate_and_up(root: nn.Module, first: str, second: str) -> bool:

@@ -37,6 +37,7 @@ class Flow(NamedTuple):
             else.
         normed: whether an operation that knows how features lie, such as a layer norm, has made what it reads.
         norms: the operations of that kind on what it is the last to write into: the numbers a token of each.
+        parts: 2 where a gated linear unit reads what it writes.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Flow(NamedTuple):
     exits: bool
     normed: bool
     norms: tuple[int, ...]
+    parts: int
 
 
 def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
@@ -63,6 +65,7 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
     normed: set[fx.Node] = set()
     exiting: set[str] = set()
     norms: dict[str, tuple[int, ...]] = {}
+    gated: set[str] = set()
     for node in graph.nodes:
         reads = [read for read in node.all_input_nodes if read not in answers]
         if node.all_input_nodes and (not reads or _asks(node)):
@@ -76,6 +79,7 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
                 numbers = _numbers(node, module)
                 if _needs_whole(node, module) or whole & set(reads):
                     whole.add(node)
+                    gated.update(sources[node] if _is_gate(node, module) and len(sources[node]) == 1 else ())
                 elif numbers or normed & set(reads):
                     normed.add(node)
                     last = sources[node][-1]
@@ -95,7 +99,8 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
             read = node.all_input_nodes[0]
             name = str(node.target)
             ways = name in leaving, read in whole, name in exiting, read in normed
-            flows.append(Flow(name, sources.get(read, ()), read, *ways, norms.get(name, ())))
+            parts = 2 if name in gated else 1
+            flows.append(Flow(name, sources.get(read, ()), read, *ways, norms.get(name, ()), parts))
     return flows
 
 
@@ -155,6 +160,12 @@ def _needs_whole(node: fx.Node, root: nn.Module) -> bool:
     return any(
         isinstance(m, _WHOLE) and not across.operation_of(m) for m in root.get_submodule(str(node.target)).modules()
     )
+
+
+def _is_gate(node: fx.Node, root: nn.Module) -> bool:
+    if node.op != "call_module":
+        return False
+    return any(isinstance(m, nn.GLU) for m in root.get_submodule(str(node.target)).modules())
 
 
 def _numbers(node: fx.Node, root: nn.Module) -> list[int]:

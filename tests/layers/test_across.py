@@ -80,15 +80,44 @@ MATRICES = {  # which read the second dimension as features
     "PReLU, a number a feature": lambda: nn.PReLU(WIDTH, init=0.3),
     "PReLU, function": lambda: Calls(lambda h, w: F.prelu(h, w) + h.prelu(w), learned(WIDTH)),
 }
-CASES = {**NORMS, **VECTORS, **MATRICES}
+GATES = {  # which read a gate and what it gates, one linear of twice the width
+    "GLU": nn.GLU,
+    "GLU, function, behind an activation": lambda: Calls(lambda h: F.glu(F.gelu(h) * 0.5)),
+    "GLU, normed": lambda: nn.Sequential(nn.GLU(-1), nn.LayerNorm(WIDTH), nn.PReLU()),
+    "chunk": lambda: Calls(lambda h: F.silu((parts := h.chunk(2, -1))[0]) * parts[1]),
+    "torch.chunk": lambda: Calls(lambda h: torch.mul(*torch.chunk(input=h.tanh(), chunks=2, dim=h.dim() - 1))),
+    "split": lambda: Calls(lambda h: torch.sub(*h.split(h.shape[-1] // 2, dim=-1)).sigmoid()),
+    "torch.split": lambda: Calls(lambda h: torch.mul(*torch.split(h, [WIDTH, WIDTH], dim=-1))),
+}
+BACK_TO_TOKENS = {  # what does not know how the two lie finds them side by side
+    "a slice": lambda: Calls(lambda h: h[..., :WIDTH] * h[..., WIDTH:]),
+    "a chunk of tokens": lambda: Calls(lambda h: torch.cat([*h.chunk(2, 0)])[..., WIDTH // 2 : -WIDTH // 2]),
+    "both normed": lambda: Calls(lambda h, w: F.layer_norm(h, (2 * WIDTH,), w)[..., ::2], learned(2 * WIDTH)),
+    "both scaled": lambda: Calls(lambda h, w: (h * w).chunk(2, -1)[0], learned(2 * WIDTH)),
+    "both compared": lambda: Calls(lambda h: (h > h * 2).flip(-1)[..., :WIDTH] * h[..., WIDTH:]),
+    "through a function": lambda: Calls(lambda h: Cube.apply(h)[..., WIDTH:]),
+}
+CASES = {**NORMS, **VECTORS, **MATRICES, **GATES, **BACK_TO_TOKENS}
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * 3 * x * x
 
 
 class Net(nn.Module):
     """What stands between two phantom linears, with dense ones around them."""
 
-    def __init__(self, make):
+    def __init__(self, make, parts=1):
         super().__init__()
-        self.first, self.up, self.between = nn.Linear(D, D), nn.Linear(D, WIDTH), make()
+        self.first, self.up, self.between = nn.Linear(D, D), nn.Linear(D, parts * WIDTH), make()
         self.down, self.last = nn.Linear(WIDTH, D), nn.Linear(D, 3)
         for value in (*self.between.parameters(), *self.between.buffers()):
             if value.is_floating_point():
@@ -105,18 +134,22 @@ class Dense(nn.Module):
         super().__init__()
         for name, value in layer.named_parameters():
             self.register_parameter(name, nn.Parameter(value.detach().clone()))
+        n = layer.out_features // layer.parts // BLOCKS  # features of one part in a block
+        blocks, parts = range(BLOCKS), range(layer.parts)
+        self.order = [(i * len(parts) + part) * n + feature for part in parts for i in blocks for feature in range(n)]
 
     def forward(self, x):
         weight = dense_weight(self.weight, self.compressor_weight, self.decompressor_weight, BLOCKS)
-        return F.linear(x, weight, self.bias)
+        return F.linear(x, weight, self.bias)[..., self.order]
 
 
-def nets(make, group):
+def nets(make, group, parts=1):
     """The same net on the ranks of a group, and dense in one process."""
     torch.manual_seed(0)
-    net = Net(make).double()
+    net = Net(make, parts).double()
     config = PhantomConfig(BLOCKS, 1, plan={"up": "phantom", "down": "phantom"}, init="random")
     mine, dense = (phantomize_(copy.deepcopy(net), config, g) for g in (group, None))
+    assert (dense.up.parts, dense.down.parts) == (parts, 1)
     for name, layer in split_layers(dense).items():
         dense.set_submodule(name, Dense(layer))
     return mine, dense
@@ -175,7 +208,7 @@ def check(name, make, mesh, lead, way):
     each = mesh.phantom.size
     groups = [list(range(n, n + each)) for n in range(0, size, each)]
     shared, twice = way == "shared", way == "twice"
-    net, dense = nets(make, mesh.phantom.group)
+    net, dense = nets(make, mesh.phantom.group, 2 if name in (*GATES, *BACK_TO_TOKENS) else 1)
     xs = [tokens_of(r // each * each if shared else r, lead).requires_grad_() for r in range(size)]
     outs, buffers, expected = expected_of(dense, xs, groups, shared, twice)
 
@@ -190,7 +223,8 @@ def check(name, make, mesh, lead, way):
             out = run(x)
     finally:
         mesh.phantom.agreement.shared_batches = False
-    assert [g.layer for g in gathered] == ["down"], (name, gathered)
+    *inside, last = [g.layer for g in gathered]
+    assert (set(inside), last) == ({"up"} if name in BACK_TO_TOKENS else set(), "down"), (name, gathered)
     loss = loss_of(out, groups[rank // each][0] if shared else rank)
     (loss + penalty_of(loss, x) if twice else loss).backward()
     if way == "ddp" and average is not None:

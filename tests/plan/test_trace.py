@@ -114,6 +114,17 @@ def test_norms_that_know_how_features_lie_keep_them_inside(between, exits, norms
     assert [layer.norms for layer in plan_of(Block(between, sizes=(16, 24, 8))).cost_layers()] == [norms, ()]
 
 
+@pytest.mark.parametrize("gate", [nn.GLU(), nn.Sequential(nn.Dropout(0.1), nn.GLU())])
+def test_a_gated_linear_unit_reads_two_parts_of_one_linear(gate):
+    class Cut(Block):
+        def __init__(self, between):
+            super().__init__(between)
+            self.fc2 = nn.Linear(16, 24)
+
+    (ffn,) = plan_of(Cut(gate)).ffns
+    assert ffn.known_by == "a trace connects its linears" and [group.parts for group in ffn.groups] == [2, 1]
+
+
 def test_parameters_with_a_number_a_feature_connect_but_what_is_made_of_them_does_not():
     class Scales(Block):
         def forward(self, x):
