@@ -1,4 +1,4 @@
-"""The table of operations that know how features lie between ranks: norms, and parameters with a number a feature.
+"""The table of operations that know how features lie between ranks: norms, PReLU, and what cuts a gate off.
 
 They are done on what this rank holds, its own features of the group's tokens [T, w/R], and give the same:
 
@@ -13,14 +13,6 @@ They are done on what this rank holds, its own features of the group's tokens [T
 Each entry is called as the function that it stands for, and gives NotImplemented where that one needs whole tokens. A
 rank reads its own slice of parameters that all ranks hold, and only of parameters (`operations.share_of`).
 
-Layer norm, with x_r [T, n] of rank r, n = w/R, dy the gradient at y, g = dy * weight, and <.> the mean over all w
-features of a token, which is the mean over the ranks of their means:
-
-    mean = <x>    s = 1 / sqrt(<(x - mean)^2> + eps)    h = (x - mean) s    y = h * weight + bias
-    dx = s (g - <g> - h <g h>)    dweight = sum over tokens of dy * h    dbias = sum over tokens of dy
-
-RMS norm has no mean, no bias, and no <g>.
-
 Batch norm takes a feature's statistics over the tokens of the group, all of which are here: those of a SyncBatchNorm
 over the group. Running statistics are whole on every rank, as a state dict and other readers expect them.
 """
@@ -28,21 +20,16 @@ over the group. Running statistics are whole on every rank, as a state dict and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_phantom.distributed.agreement import Rows
-from lightning_phantom.distributed.exchange import gather_latents
 from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.layers.held import Held
+from lightning_phantom.layers.norms import Among, epsilon, norm
 from lightning_phantom.layers.operations import are_inside, goes_along, share_of
-from lightning_phantom.layers.twice import differentiate
-
-Among = tuple[Ranks, Rows, str]  # with whom, for which tokens and for what numbers are exchanged
 
 
 def _layer_norm(
@@ -58,11 +45,11 @@ def _layer_norm(
 
 def _rms_norm(input: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
     if eps is None and isinstance(input, Held):
-        eps = _epsilon(input.dtype)
+        eps = epsilon(input.dtype)
     return _norm(torch.rms_norm, input, normalized_shape, [weight], eps)
 
 
-def _norm(norm: Any, input: Any, normalized_shape: Sequence[int], parameters: Sequence[Any], eps: Any) -> Any:
+def _norm(function: Any, input: Any, normalized_shape: Sequence[int], parameters: Sequence[Any], eps: Any) -> Any:
     x, shapes = _inside(input, *parameters), [normalized_shape, *(p.shape for p in _given(parameters))]
     if x is None or any(tuple(shape) != input.shape[-1:] for shape in shapes):
         return NotImplemented
@@ -71,10 +58,10 @@ def _norm(norm: Any, input: Any, normalized_shape: Sequence[int], parameters: Se
     shares = _shares(parameters, ranks)
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) or any(share.dtype != dtype for share in _given(shares)):
-        dtype = norm(x[:0], x.shape[1:], *shares, eps).dtype
-    among = ranks, rows, f"{norm.__name__} behind {layer!r}"
+        dtype = function(x[:0], x.shape[1:], *shares, eps).dtype
+    among = ranks, rows, f"{function.__name__} behind {layer!r}"
     weight, bias = (*shares, None)[:2]
-    y = _Norm.apply(x, weight, bias, among, eps, norm is torch.layer_norm, dtype)
+    y = norm(x, weight, bias, among, eps, function is torch.layer_norm, dtype)
     return input.wrap(y, input.shape, input.place)
 
 
@@ -138,7 +125,7 @@ def _glu(input: Any, dim: int = -1) -> Any:
     return input.wrap(F.glu(input.local, 1), _shape_of_part(input), input.place._replace(parts=1))
 
 
-def chunk(input: Any, chunks: int, dim: int = 0) -> Any:
+def _chunk(input: Any, chunks: int, dim: int = 0) -> Any:
     """Cut into the parts of which this rank holds its features: views, as of a plain tensor."""
     if not _are_parts(input, chunks, dim) or any(other._whole is not None for other in input.sharing_memory()):
         return NotImplemented
@@ -154,7 +141,7 @@ def _split(input: Any, split_size: Any, dim: int = 0) -> Any:
     if not isinstance(input, Held) or not isinstance(split_size, int | list | tuple):
         return NotImplemented
     half = input.shape[-1] // 2
-    return chunk(input, 2, dim) if split_size in (half, [half, half], (half, half)) else NotImplemented
+    return _chunk(input, 2, dim) if split_size in (half, [half, half], (half, half)) else NotImplemented
 
 
 def _are_parts(activation: Any, parts: int, dim: int) -> bool:
@@ -180,7 +167,8 @@ class Operation(NamedTuple):
     numbers: int = 0
 
 
-TABLE: dict[Any, Operation] = {
+# Norms and such, which may stand between any two layers.
+NORMS: dict[Any, Operation] = {
     F.layer_norm: Operation(_layer_norm, 2),
     torch.layer_norm: Operation(_layer_norm, 2),
     F.rms_norm: Operation(_rms_norm, 1),
@@ -189,12 +177,16 @@ TABLE: dict[Any, Operation] = {
     torch.batch_norm: Operation(_torch_batch_norm),
     torch.prelu: Operation(_prelu),
     Tensor.prelu: Operation(_prelu),
+}
+# What takes a gate and what it gates apart.
+CUTS: dict[Any, Operation] = {
     F.glu: Operation(_glu),
-    torch.chunk: Operation(chunk),
-    Tensor.chunk: Operation(chunk),
+    torch.chunk: Operation(_chunk),
+    Tensor.chunk: Operation(_chunk),
     torch.split: Operation(lambda tensor, split_size_or_sections, dim=0: _split(tensor, split_size_or_sections, dim)),
     Tensor.split: Operation(_split),
 }
+TABLE = {**NORMS, **CUTS}
 _MODULES: dict[Any, Any] = {
     nn.LayerNorm: F.layer_norm,
     nn.RMSNorm: F.rms_norm,
@@ -204,10 +196,10 @@ _MODULES: dict[Any, Any] = {
 
 
 def operation_of(module: nn.Module) -> Operation | None:
-    """The entry that a module's forward is a call of, if it has one."""
+    """The norm, or such, that a module's forward is a call of, if it is."""
     for cls, function in _MODULES.items():
         if isinstance(module, cls) and type(module).forward is cls.forward:
-            return None if len(getattr(module, "normalized_shape", ("last",))) != 1 else TABLE[function]
+            return None if len(getattr(module, "normalized_shape", ("last",))) != 1 else NORMS[function]
     return None
 
 
@@ -229,88 +221,3 @@ def _given(values: Sequence[Any]) -> list[Any]:
 
 def _shares(parameters: Sequence[Any], ranks: Ranks) -> list[Any]:
     return [None if parameter is None else share_of(parameter, ranks) for parameter in parameters]
-
-
-# Norms over features that lie on several ranks
-
-
-class _Norm(torch.autograd.Function):
-    """Layer norm or, if not `centred`, RMS norm of x [T, w/R]; see the module's docstring."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Any, bias: Any, among: Among, eps: float, centred: bool, dtype: torch.dtype
-    ) -> Tensor:
-        mean, scale = _statistics(_wide(x), among, eps, centred)
-        ctx.options = among, eps, centred, dtype
-        ctx.save_for_backward(x, weight, bias, mean, scale)
-        return _scaled(_standard(x, mean, scale), weight, bias).to(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        (ranks, rows, what), _, centred, _ = ctx.options
-        x, weight, bias, mean, scale = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            needed = ctx.needs_input_grad[:3]
-            return (
-                *differentiate(lambda *given: [_norm_of(*given, *ctx.options)], (x, weight, bias), needed, [dy]),
-                *_NONE,
-            )
-
-        dy, h = _wide(dy), _standard(x, mean, scale)
-        if needs_x:
-            g = dy if weight is None else dy * weight
-            means = [(g * h).mean(1, keepdim=True), *([g.mean(1, keepdim=True)] if centred else [])]
-            summed = ranks.sum(torch.cat(means, 1), rows, f"gradient: {what}")
-        d_weight = (dy * h).sum(0).to(weight.dtype) if needs_weight else None
-        d_bias = dy.sum(0).to(bias.dtype) if needs_bias else None
-        if not needs_x:
-            return (None, d_weight, d_bias, *_NONE)
-        of_gh, *of_g = (summed() / ranks.size).split(1, 1)
-        dx = torch.addcmul(g, h, of_gh, value=-1)
-        for each in of_g:
-            dx -= each
-        return (dx.mul_(scale).to(x.dtype), d_weight, d_bias, *_NONE)
-
-
-_NONE = (None,) * 4
-
-
-def _norm_of(x: Tensor, weight: Any, bias: Any, among: Among, eps: float, centred: bool, dtype: torch.dtype) -> Tensor:
-    """What `_Norm` computes, as operations that have gradients of any order."""
-    return _scaled(_standard(x, *_statistics(_wide(x), among, eps, centred)), weight, bias).to(dtype)
-
-
-def _statistics(x: Tensor, among: Among, eps: float, centred: bool) -> tuple[Tensor | None, Tensor]:
-    """The mean over all features, if `centred`, and 1 / sqrt(variance + eps), of each token of x [T, w/R]: [T, 1]."""
-    if not centred:
-        squares = gather_latents(x.square().mean(1, keepdim=True), *among)
-        return None, (squares.mean(0) + eps).rsqrt()
-    variances, means = gather_latents(torch.cat(torch.var_mean(x, 1, correction=0, keepdim=True), 1), *among).split(
-        1, 2
-    )
-    mean = means.mean(0)
-    return mean, ((variances + (means - mean).square()).mean(0) + eps).rsqrt()
-
-
-def _standard(x: Tensor, mean: Tensor | None, scale: Tensor) -> Tensor:
-    return (_wide(x) if mean is None else x - mean) * scale
-
-
-def _scaled(h: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    h = h if weight is None else h * weight
-    return h if bias is None else h + bias
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In a type that sums can be taken in."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-@cache
-def _epsilon(dtype: torch.dtype) -> float:
-    """What rms_norm adds if it is not told: epsilon of the type that it computes in or, in older releases, of x's."""
-    wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    little = torch.rms_norm(torch.tensor([8 * wide**0.5], dtype=dtype), (1,))  # 8 / sqrt(65), if wide is added
-    return wide if little.item() > 0.5 else torch.finfo(dtype).eps

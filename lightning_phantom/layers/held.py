@@ -161,7 +161,7 @@ class Held(Tensor):
         if len(self.sharing_memory()) > 1:
             raise LayoutError(
                 f"{writer} writes into an activation of {self.place.layer!r} that shares its memory with another "
-                f"(detach, data). Write into a clone()."
+                f"(detach, data, chunk). Write into a clone()."
             )
         whole = self._whole if self._whole is not None and writer == "a view" else self.whole(writer)
         self._whole, self.local = whole, None

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from lightning_phantom.layers import across
 from lightning_phantom.layers.dense import is_linear
@@ -140,9 +141,10 @@ def _by_feature(node: fx.Node, root: nn.Module) -> bool:
         return _is_by_feature(root.get_submodule(str(node.target)))
     name = getattr(node.target, "__name__", str(node.target))
     if node.op == "call_method":
-        return name in _METHODS
+        return name in _METHODS or _takes_parts(node)
     is_operator = node.target is getattr(operator, name, None) and f"__{name}__" in _METHODS
-    return node.op == "call_function" and (node.target in TABLE or node.target in across.TABLE or is_operator)
+    known = node.target in TABLE or node.target in across.NORMS or is_operator
+    return (node.op == "call_function" and known) or _takes_parts(node)
 
 
 def _goes_along(node: fx.Node, root: nn.Module) -> bool:
@@ -156,22 +158,32 @@ def _goes_along(node: fx.Node, root: nn.Module) -> bool:
 
 def _needs_whole(node: fx.Node, root: nn.Module) -> bool:
     if node.op != "call_module":
-        return False
+        return _takes_parts(node)
     return any(
         isinstance(m, _WHOLE) and not across.operation_of(m) for m in root.get_submodule(str(node.target)).modules()
     )
 
 
+def _takes_parts(node: fx.Node) -> bool:
+    """Whether a node cuts a gate off what it gates, in the forward itself, or is one of the two."""
+    if node.target is operator.getitem:
+        return _takes_parts(node.args[0]) and node.args[1] in (0, 1)
+    if node.target is F.glu:
+        return (*node.args[1:], *node.kwargs.values()) in ((), (-1,))
+    is_chunk = node.target in ("chunk", torch.chunk)
+    return is_chunk and (*node.args[1:], *node.kwargs.values()) in ((2, -1), (2, node.kwargs.get("input"), -1))
+
+
 def _is_gate(node: fx.Node, root: nn.Module) -> bool:
     if node.op != "call_module":
-        return False
+        return _takes_parts(node)
     return any(isinstance(m, nn.GLU) for m in root.get_submodule(str(node.target)).modules())
 
 
 def _numbers(node: fx.Node, root: nn.Module) -> list[int]:
     """How many numbers a token each operation of a node that knows how features lie exchanges."""
     if node.op == "call_function":
-        return [across.TABLE[node.target].numbers] if node.target in across.TABLE else []
+        return [across.NORMS[node.target].numbers] if node.target in across.NORMS else []
     if node.op != "call_module":
         return []
     found = map(across.operation_of, root.get_submodule(str(node.target)).modules())

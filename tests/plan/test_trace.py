@@ -114,7 +114,21 @@ def test_norms_that_know_how_features_lie_keep_them_inside(between, exits, norms
     assert [layer.norms for layer in plan_of(Block(between, sizes=(16, 24, 8))).cost_layers()] == [norms, ()]
 
 
-@pytest.mark.parametrize("gate", [nn.GLU(), nn.Sequential(nn.Dropout(0.1), nn.GLU())])
+def chunk_it(h):
+    gate, up = h.relu().chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        nn.GLU(),
+        nn.Sequential(nn.Dropout(0.1), nn.GLU()),
+        lambda h: F.glu(h.tanh()),
+        chunk_it,
+        lambda h: torch.mul(*(torch.chunk(h, 2, -1)[n] for n in (0, 1))),
+    ],
+)
 def test_a_gated_linear_unit_reads_two_parts_of_one_linear(gate):
     class Cut(Block):
         def __init__(self, between):
