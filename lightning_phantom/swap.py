@@ -145,7 +145,7 @@ def _split_layer(
     if planned.phantom_width is None:
         split = ParallelLinear(*features(linear), CUTS[planned.decision], **kind)
     else:
-        split = PhantomLinear(*features(linear), config.parts, planned.phantom_width, **kind)
+        split = PhantomLinear(*features(linear), config.parts, planned.phantom_width, parts=planned.parts, **kind)
     split.name, split.init_seed = planned.name, config.seed
     split.train(linear.training)
     if not weight.is_meta:
@@ -175,7 +175,7 @@ def _fill(
     weight = broadcast(weight.detach(), source_group)
     if config.init == "block_diagonal":
         assert isinstance(split, PhantomLinear)
-        split.load_factors(block_diagonal(weight, split.blocks, split.ranks))
+        split.load_factors(block_diagonal(split.by_block(weight), split.blocks, split.ranks))
         split.load_dense(None, bias)
     else:
         split.load_dense(weight, bias)
@@ -209,7 +209,7 @@ def densify(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _dense_layer(layer: SplitLinear) -> nn.Module:
-    bias = None if layer.bias is None else layer.global_tensor("bias")
+    bias = None if layer.bias is None else layer.bias_from(layer.global_tensor("bias"))
     linear = make_linear(layer.dense_class, layer.dense_weight(), bias)
     for name, parameter in linear.named_parameters():
         parameter.requires_grad_(layer.get_parameter(name).requires_grad)

@@ -7,7 +7,8 @@ holds dense weights under the module's own keys. Beside them, `"phantom"` holds 
     method          "phantom" (also where there is none) or "tensor_parallel"
     num_blocks      p, of phantom layers (`SplitLinear.shared_record`)
     layers          {name: {"in_features", "out_features", "bias", "phantom_width" of phantom layers,
-                    "transposed" where dense weights are [in, out]}} (`SplitLinear.record`)
+                    "transposed" where dense weights are [in, out], "parts" where the factors' rows are in the order
+                    of `factors.by_block`}} (`SplitLinear.record`)
     factors         full, of phantom layers: [{"path": [keys down to a state dict], "tensors": {key: all ranks'}}, ...]
     split           sharded: {name: {parameter: the dimension along which it is split}}
     optimizers      per optimizer: {"state": {parameter name: ...}, "param_groups": [...]}, of all ranks
@@ -38,6 +39,7 @@ _FACTORS, _SPLIT, _RNG, _CONVERTED = "factors", "split", "rng", "converted"
 _BLOCKS, _NO_METHOD = "num_blocks", "phantom"
 # Of a layer's record: what its module decides. The rest are settings of the strategy, under their own names.
 _OF_THE_MODULE = ("in_features", "out_features", "bias", "transposed")
+_FOLLOWED = "parts"  # which a layer takes over (`SplitLinear.follow`)
 
 
 class SavedFactors(NamedTuple):
@@ -76,10 +78,11 @@ class PhantomRecord(NamedTuple):
     bias: bool
     phantom_width: int
     transposed: bool = False
+    parts: int = 1
 
     def as_dict(self) -> dict[str, Any]:
         """What is saved of it."""
-        return {key: value for key, value in self._asdict().items() if key != self._fields[-1] or value}
+        return {key: value for key, value in self._asdict().items() if value != self._field_defaults.get(key)}
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
@@ -151,7 +154,7 @@ def phantom_layers_of(checkpoint: Mapping[str, Any]) -> dict[str, PhantomRecord]
 
 def names_of(checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of a checkpoint's split layers; none of a dense one."""
-    return tuple(_entry(checkpoint).get(_LAYERS, ()))
+    return tuple(records_of(checkpoint))
 
 
 def is_full(checkpoint: Mapping[str, Any]) -> bool:
@@ -200,6 +203,11 @@ def check_readable(checkpoint: Any) -> None:
         check_version(checkpoint)
 
 
+def records_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """The records of a checkpoint's layers, by name; none of a dense one."""
+    return _entry(checkpoint).get(_LAYERS, {})
+
+
 def check_fits(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Raise CheckpointError unless the checkpoint is dense or was saved from the same layers by the same method."""
     if ENTRY not in checkpoint:
@@ -231,7 +239,7 @@ def _check_layer(name: str, kind: str, theirs: Mapping[str, Any] | None, ours: M
     if theirs is None or ours is None:
         where = "the model" if theirs is None else "the checkpoint"
         raise CheckpointError(f"{name!r} is a {kind} layer only in {where}; use the plan it was saved with.")
-    for key in {**theirs, **ours}:
+    for key in {**theirs, **ours}.keys() - {_FOLLOWED}:
         if theirs.get(key) != ours.get(key):
             raise CheckpointError(
                 f"{name!r} has {key}={theirs.get(key)} in the checkpoint and {key}={ours.get(key)} in the model; "

@@ -76,9 +76,10 @@ def take_share(module: nn.Module, checkpoint: Mapping[str, Any], as_read: StandI
                 rank_zero_warn(f"{weight!r} was changed after it was read: {layer.kind} factors are found anew.")
                 continue
             for name, tensor in tensors_of(layer, base, entry.tensors).items():
-                whole = target.get(base + name) if (*entry.path, base + name) in changed else tensor
-                if whole is not None:
-                    target[base + name] = layer.share_of(name, whole)
+                if (*entry.path, base + name) not in changed:
+                    target[base + name] = layer.share_of(name, tensor)
+                elif base + name in target:  # a bias of the user's
+                    target[base + name] = layer.local_state(None, target[base + name])[name]
     return local
 
 
@@ -118,7 +119,7 @@ def _gather_state(module: nn.Module, state: Mapping[str, Any]) -> tuple[dict[str
             if len(whole) == len(gathered):
                 dense[key] = oriented(layer.dense_from(whole), layer.dense_class).contiguous()
                 if "bias" in whole:
-                    dense[f"{base}bias"] = whole["bias"]
+                    dense[f"{base}bias"] = layer.bias_from(whole["bias"])
                 if layer.keeps_factors:
                     factors.update({base + name: tensor for name, tensor in whole.items()})
     return dense, factors

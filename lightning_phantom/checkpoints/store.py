@@ -24,6 +24,7 @@ from lightning_phantom.checkpoints.format import (
     is_full,
     method_of,
     optimizers_of,
+    records_of,
     with_entry,
     without_entry,
 )
@@ -33,7 +34,7 @@ from lightning_phantom.checkpoints.versions import discard, make_place, place_fo
 from lightning_phantom.distributed.comm import broadcast_object, gather_objects
 from lightning_phantom.distributed.mesh import Mesh
 from lightning_phantom.errors import CheckpointError
-from lightning_phantom.layers.split import any_layer
+from lightning_phantom.layers.split import any_layer, split_layers
 
 T = TypeVar("T")
 
@@ -113,6 +114,8 @@ class Store:
             # Its dense weights are as good as any; the optimizer's state is of other layers.
             checkpoint = without_entry(checkpoint)
         check_fits(self.module, checkpoint)
+        for name, record in records_of(checkpoint).items():
+            split_layers(self.module)[name].follow(record)
         if is_full(checkpoint):
             return full.take_share(self.module, checkpoint, as_read)
         sharded.check_splits(self.module, checkpoint)

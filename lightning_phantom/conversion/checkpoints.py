@@ -36,7 +36,16 @@ from lightning_phantom.cost.count import phantom_weights
 from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import CheckpointError
 from lightning_phantom.framework import pl
-from lightning_phantom.layers.factors import Blocks, Factors, from_dense, merge, to_dense
+from lightning_phantom.layers.factors import (
+    Blocks,
+    Factors,
+    by_block,
+    by_coarse_block,
+    by_part,
+    from_dense,
+    merge,
+    to_dense,
+)
 from lightning_phantom.layers.phantom import FACTORS, PhantomLinear
 from lightning_phantom.plan.record import Plan, PlannedLayer
 
@@ -149,14 +158,15 @@ def to_phantom(
             on_layer(layer.name)
             assert layer.phantom_width is not None
             blocks = Blocks(layer.in_features, layer.out_features, p, layer.phantom_width, plan.config.seed, layer.name)
-            weight = _turned(state[f"{layer.name}.weight"], layer.transposed)
+            weight = by_block(_turned(state[f"{layer.name}.weight"], layer.transposed), p, layer.parts)
             bias = state.get(f"{layer.name}.bias")
+            bias = None if bias is None else by_block(bias, p, layer.parts)
             plain = from_dense(weight, blocks, Ranks(None))
             factors, new_bias = plain, bias
             if statistics:
                 factors, new_bias = calibrated(weight, bias, plain, blocks, fit[layer.name])
             written = to_dense(factors, p), new_bias
-            result.store(layer.name, factors, *written, layer.transposed)
+            result.store(layer.name, factors, *written, layer.transposed, layer.parts)
             wrong = wrong_before = None
             if statistics:
                 wrong_before = held_out[layer.name].output_error((weight, bias), (to_dense(plain, p), bias))
@@ -190,13 +200,16 @@ def to_fewer_blocks(
         on_layer(name)
         factors = Factors(*(tensors[f"{name}.{factor}"] for factor in FACTORS))
         merged, bias = merge(factors, p, q), tensors.get(f"{name}.bias")
-        dense = to_dense(merged, p // q)
-        result.store(name, merged, dense, bias, layer.transposed)
+        error = _relative(to_dense(merged, p // q), to_dense(factors, p))
+        rows = merged.weight, merged.decompressor, *([] if bias is None else [bias])
+        local, d, *biases = (by_coarse_block(each, p, layer.parts, q) for each in rows)
+        merged, bias = Factors(local, merged.compressor, d), next(iter(biases), None)
+        result.store(name, merged, to_dense(merged, p // q), bias, layer.transposed, layer.parts)
         k = merged.compressor.shape[0] // (p // q)
         blocks = Blocks(layer.in_features, layer.out_features, p // q, k, 0, name)
         before = phantom_weights(*blocks[:2], p, layer.phantom_width, bias is not None)
         after = phantom_weights(*blocks[:4], bias is not None)
-        result.report(blocks, (_relative(dense, to_dense(factors, p)), None, None), before, after)
+        result.report(blocks, (error, None, None), before, after)
     return result.checkpoint(), ConversionReport(tuple(result.rows))
 
 
@@ -248,16 +261,22 @@ class _Result:
         self.rows: list[ConvertedLayer] = []
         self.layers: dict[str, PhantomRecord] = {}
 
-    def store(self, name: str, factors: Factors, weight: Tensor, bias: Tensor | None, transposed: bool) -> None:
-        """Take a layer's factors, and the dense weight [out, in] and bias that they stand for."""
+    def store(
+        self, name: str, factors: Factors, weight: Tensor, bias: Tensor | None, transposed: bool, parts: int
+    ) -> None:
+        """Take a layer's factors, and the weight [out, in] and bias that they stand for, all in the blocks' order."""
         (n_out, n_in), k = weight.shape, factors.compressor.shape[0] // self.num_blocks
-        self.layers[name] = PhantomRecord(n_in, n_out, bias is not None, k, transposed)
+        self.layers[name] = PhantomRecord(n_in, n_out, bias is not None, k, transposed, parts)
         for factor, tensor in zip((*FACTORS, "bias"), (*factors, bias), strict=True):
             if tensor is not None:
                 self.tensors[f"{name}.{factor}"] = on_disk(tensor, self.folder)
+        weight = by_part(weight, self.num_blocks, parts)
         self.state[f"{name}.weight"] = on_disk(_turned(weight, transposed), self.folder)
         if bias is not None:
-            self.state[f"{name}.bias"] = self.tensors[f"{name}.bias"]
+            whole = self.tensors[f"{name}.bias"]
+            self.state[f"{name}.bias"] = (
+                whole if parts == 1 else on_disk(by_part(bias, self.num_blocks, parts), self.folder)
+            )
 
     def report(self, blocks: Blocks, errors: tuple[float, float | None, float | None], before: int, after: int) -> None:
         """Take a layer's row."""

@@ -16,9 +16,10 @@ group's ranks together, s bytes an element. For a square n x n linear:
 Outside the layers every rank has its own tokens with all features, b/R of them; inside, the group's with its own
 features. Phantom goes from one to the other and back in all-to-alls. A column-parallel layer gathers its input (tokens
 at the entry, features inside) and reduce-scatters its gradient; a row-parallel one reduce-scatters its output and
-gathers its gradient; a column-parallel one whose output leaves ends in an all-to-all. "Twice" is forward and backward,
-but for an input that needs no gradient. Torch's own TP cuts the same pairs, but all its ranks hold the same b tokens
-outside: nothing enters, sums are all-reduced, and what is no such layer each rank computes for all b.
+gathers its gradient; a column-parallel one whose output leaves ends in an all-to-all. A norm of features that lie on
+several ranks gathers its statistics and sums those of its gradient. "Twice" is forward and backward, but for an input
+that needs no gradient. Torch's own TP cuts the same pairs, but all its ranks hold the same b tokens outside: nothing
+enters, sums are all-reduced, and what is no such layer each rank computes for all b.
 
 What DDP sends for the parameters of TP and phantom that every rank holds, and for shards where W > R, is not counted in
 their rows: it depends on W, and on the rest of the model.
@@ -187,7 +188,7 @@ class Collective(NamedTuple):
     """What one rank gives to the others at one place of a step.
 
     Attributes:
-        of: `"input"`, `"latents"` or `"output"` of a layer, or of their gradient.
+        of: `"input"`, `"latents"` or `"output"` of a layer, `"statistics"` of a norm behind it, or of their gradient.
         backward: whether it is the gradient's.
         sent_bytes: bytes that this rank sends.
         calls: collectives issued; 0 where it travels in a sibling's.
@@ -214,7 +215,7 @@ def phantom_collectives(layer: Layer, group: Group, num_blocks: int, k: int) -> 
         found += [Collective("input", back, entered, 1, True) for back in ways[: 1 + layer.needs_input_grad]]
     if layer.leaves:
         found += [Collective("output", back, left, 1, True) for back in ways]
-    return found
+    return found + norm_collectives(layer, group)
 
 
 class Cut(NamedTuple):
@@ -238,7 +239,7 @@ def cuts(layers: Sequence[Layer], method: str) -> Iterator[tuple[Layer, Cut]]:
         row = method != "tensor_parallel_layerwise" and is_row(layer)
         yield layer, Cut(row, method == "tensor_parallel_torch", layer.enters or whole)
         if not row:
-            whole = layer.leaves  # torch gathers it for all that read it
+            whole = layer.leaves or bool(layer.norms)  # torch gathers it for all that read it
 
 
 def exact_collectives(layer: Layer, group: Group, cut: Cut) -> list[Collective]:
@@ -256,6 +257,16 @@ def exact_collectives(layer: Layer, group: Group, cut: Cut) -> list[Collective]:
         found += [Collective("output", back, group.gathered(layer.out_features), 1, True) for back in ways]
     elif layer.leaves:
         found += [Collective("output", back, group.exchanged(layer.out_features), 1, True) for back in ways]
+    return found if row else found + norm_collectives(layer, group)
+
+
+def norm_collectives(layer: Layer, group: Group) -> list[Collective]:
+    """Every rank tells the others what its features say of each token; backward such numbers are added up."""
+    found = []
+    for numbers in filter(None, layer.norms):
+        elements, size = numbers * group.tokens * (group.num_ranks - 1), max(4, group.element_bytes)
+        found.append(Collective("statistics", False, elements * size))
+        found.append(Collective("statistics", True, 2 * elements // group.num_ranks * size))
     return found
 
 
@@ -264,7 +275,7 @@ def _torch_collectives(layer: Layer, group: Group, cut: Cut) -> list[Collective]
     left, entered, found = group.gathered(layer.out_features), group.gathered(layer.in_features), []
     if cut.row:
         found.append(Collective("output", False, 2 * left, 1, True, "all_reduce"))
-    elif layer.leaves:
+    elif layer.leaves or layer.norms:
         found.append(Collective("output", False, left, 1, True))
     if layer.needs_input_grad and not cut.row:
         found.append(Collective("input", True, 2 * entered, 1, True, "all_reduce"))

@@ -16,7 +16,8 @@ class Layer:
         in_features: width of the input, all ranks together.
         out_features: width of the output, all ranks together.
         bias: whether it has one.
-        enters: whether its input is whole tokens: from outside the feed-forward network (FFN), or out of a norm in it.
+        enters: whether its input is whole tokens: from outside the feed-forward network (FFN), or of a norm that
+            needs them.
         leaves: whether something that needs whole tokens reads its output.
         needs_input_grad: whether its input needs a gradient; False at the first layer of a model fed with data.
         shares_input: whether it rides on the collectives of a sibling before it that reads the same value.
@@ -24,6 +25,8 @@ class Layer:
         depth: how many linears lie before it in its FFN: in Megatron's pairs even ones are cut by column, odd ones by
             row. None: one more than the layer before it in the list, or 0 where it enters. Where linears of both
             write into one value (a residual inside), Megatron's pairs send more than is counted.
+        norms: the norms of its output where that stays inside: how many numbers a token each rank tells the others, 2
+            of a layer norm and 1 of an RMS norm.
     """
 
     in_features: int
@@ -35,6 +38,7 @@ class Layer:
     shares_input: bool = False
     phantom_width: int | None = None
     depth: int | None = None
+    norms: tuple[int, ...] = ()
 
     @property
     def dense_weights(self) -> int:

@@ -173,6 +173,8 @@ def phantom_stages(layer: Layer, num_blocks: int, k: int, group: Group) -> list[
     for sent in phantom_collectives(layer, group, p, k):
         if sent.of == "latents":
             stages.append(_stage(sent, Work(), factors if sent.backward else local))
+        elif sent.of == "statistics":
+            stages.append(_stage(sent, Work(), Work()))
         else:
             width = layer.in_features if sent.of == "input" else layer.out_features
             stages.append(_stage(sent, copy(tokens * width // group.num_ranks), Work()))

@@ -7,6 +7,7 @@ rank's own tokens with all features, [*lead, width]. What it holds is the group'
 | operation | what happens |
 |---|---|
 | treats every feature alone (`elementwise.TABLE`) | is done on `local`, stays sharded |
+| knows how features lie (`across.TABLE`) | is done on `local`, with an exchange of a few numbers a token or none |
 | another layer | reads `local` |
 | questions about shape, type, gradient | are answered |
 | anything else | goes back to tokens, once (`whole`), and is done on the plain tensor |
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from lightning_phantom.errors import LayoutError
+from lightning_phantom.layers import across
 from lightning_phantom.layers.elementwise import ANSWERS, TABLE
 from lightning_phantom.layers.held import Gathered, Held, Place, version_of, watch_gathers
 from lightning_phantom.layers.operations import SPECIAL, activations_in, answer, by_feature, by_token, plain
@@ -43,6 +45,10 @@ class ShardedActivation(Held):
                 return answer(func, args, kwargs)
             if func in SPECIAL:
                 return SPECIAL[func](*args, **kwargs)
+            if func in across.TABLE:
+                done = across.TABLE[func].apply(*args, **kwargs)
+                if done is not NotImplemented:
+                    return done
             if func in TABLE:
                 done = by_feature(func, TABLE[func], args, kwargs)
                 if done is not NotImplemented:

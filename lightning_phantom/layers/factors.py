@@ -3,6 +3,9 @@
 With p blocks, `m_in = in/p` and `m_out = out/p`, a dense weight W [out, in] is cut into blocks W_ij [m_out, m_in]. The
 factors are L [out, m_in] (block i: L_i = W_ii), C [p*k, m_in] and D [out, (p-1)*k], with W_ij ~ D_ij C_j for i != j.
 Every function returns the rows of one group member: blocks `first .. first + q - 1` of q = p/R.
+
+A dense layer that writes a gate and what it gates, one after the other, is cut so that block i has rows i of both
+halves: `by_block` brings its rows into that order, `by_part` back.
 """
 
 from __future__ import annotations
@@ -123,6 +126,21 @@ def to_dense(factors: Factors, num_blocks: int) -> Tensor:
         others = iter(decompressor[i].split(k, dim=1))
         rows.append(torch.cat([local[i] if j == i else next(others) @ compressor[j] for j in range(p)], dim=1))
     return torch.cat(rows)
+
+
+def by_block(rows: Tensor, num_blocks: int, parts: int) -> Tensor:
+    """Rows [out, *] of `parts` equal parts -> block by block, each with its share of every part."""
+    return rows if parts == 1 else rows.unflatten(0, (parts, num_blocks, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def by_part(rows: Tensor, num_blocks: int, parts: int) -> Tensor:
+    """The inverse of `by_block`."""
+    return by_block(rows, parts, num_blocks) if parts > 1 else rows
+
+
+def by_coarse_block(rows: Tensor, num_blocks: int, parts: int, q: int) -> Tensor:
+    """Rows as `by_block` gives them for p blocks -> as it gives them for p/q."""
+    return by_block(by_part(rows, num_blocks, parts), num_blocks // q, parts)
 
 
 def merge(factors: Factors, num_blocks: int, q: int) -> Factors:

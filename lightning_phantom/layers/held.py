@@ -27,29 +27,39 @@ class Place(NamedTuple):
         ranks: those that hold its features between them.
         rows: the tokens of each.
         layer: name of the layer that it comes from.
+        parts: of the width, of each of which every rank holds its features, side by side; see `across.chunk`.
     """
 
     ranks: Ranks
     rows: Rows
     layer: str
+    parts: int = 1
 
     def tokens(self, local: Tensor, shape: Sequence[int], scale: float = 1.0) -> Tensor:
         """Feature layout [T, width/R] -> token layout, of own shape [*lead, width]."""
         what = f"exit of {self.layer!r}"
         if local.is_floating_point():
-            return to_tokens(local, self.ranks, self.rows, what, scale).reshape(shape)
-        raw = local.contiguous().view(torch.uint8)  # a comparison, say: it has no gradient
-        return to_tokens(raw, self.ranks, self.rows, what).view(local.dtype).reshape(shape)
+            x = to_tokens(local, self.ranks, self.rows, what, scale)
+        else:
+            raw = local.contiguous().view(torch.uint8)  # a comparison, say: it has no gradient
+            x = to_tokens(raw, self.ranks, self.rows, what).view(local.dtype)
+        return _exchanged(x, self.ranks.size, self.parts).reshape(shape)
 
     def features(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """Token layout [*lead, width] -> feature layout [T, width/R]."""
         matrix = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        matrix = _exchanged(matrix, self.parts, self.ranks.size)
         return to_features(matrix, self.ranks, self.rows, f"return to {self.layer!r}", scale)
 
     @property
     def gradient_scale(self) -> float:
         """A gradient in token layout, over the same in feature layout; see `distributed.exchange`."""
         return 1 if self.rows.shared else self.ranks.size
+
+
+def _exchanged(x: Tensor, outer: int, inner: int) -> Tensor:
+    """Features [t, outer * inner * n] as [t, inner * outer * n]: of ranks and their parts, parts and their ranks."""
+    return x if 1 in (outer, inner) else x.unflatten(1, (outer, inner, -1)).transpose(1, 2).flatten(1)
 
 
 class Gathered(NamedTuple):
@@ -151,7 +161,7 @@ class Held(Tensor):
         if len(self.sharing_memory()) > 1:
             raise LayoutError(
                 f"{writer} writes into an activation of {self.place.layer!r} that shares its memory with another "
-                f"(detach, data). Write into a clone()."
+                f"(detach, data, chunk). Write into a clone()."
             )
         whole = self._whole if self._whole is not None and writer == "a view" else self.whole(writer)
         self._whole, self.local = whole, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from lightning_phantom.distributed.exchange import replicated
+from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import LayoutError
 from lightning_phantom.layers.elementwise import CASTS, IN_PLACE, RAW_MEMORY, REFUSED
 from lightning_phantom.layers.held import Held, in_autograd_function
@@ -28,21 +29,20 @@ def by_feature(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     values = [*args, *kwargs.values()]
     activations = list(activations_in(values))
     first = activations[0]
-    ranks, rows, _ = first.place
+    ranks, rows, _, parts = first.place
     writes = name in IN_PLACE or bool(kwargs.get("inplace"))
-    if not torch.is_grad_enabled() and any(a.requires_grad for a in activations) and in_autograd_function():
-        return NotImplemented  # autograd takes what comes out for a tensor of its own
     if "out" in kwargs or (writes and args[0] is not first):
         return NotImplemented
     if writes and any(other._whole is not None for other in first.sharing_memory()):
         return NotImplemented  # what was brought back may have views
+    if not are_inside(activations):
+        return NotImplemented
     for activation in activations:
-        activation.settle()
         place = activation.place
         if (
-            activation.local is None
-            or activation.shape != first.shape
+            activation.shape != first.shape
             or place.rows.counts != rows.counts
+            or place.parts != parts
             or place.ranks.process_group is not ranks.process_group
         ):
             return NotImplemented
@@ -50,11 +50,13 @@ def by_feature(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     for value in values:
         if isinstance(value, Held):
             continue
-        if isinstance(value, Tensor):
-            if value.dim() or not _same_everywhere(value):
+        if isinstance(value, nn.Parameter):
+            if not goes_along(value, first):
                 return NotImplemented
-            if not isinstance(value, nn.Parameter):
-                numbers.append(value.item())
+        elif isinstance(value, Tensor):
+            if value.dim() or not _is_seen_through(value):
+                return NotImplemented
+            numbers.append(value.item())
         elif isinstance(value, int | float):
             numbers.append(value)
         elif not _keeps_layout(value, first):
@@ -65,7 +67,7 @@ def by_feature(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     def here(value: Any) -> Any:
         if isinstance(value, Held):
             return value.local
-        return replicated(value, ranks) if isinstance(value, nn.Parameter) else value
+        return share_of(value, ranks) if isinstance(value, nn.Parameter) else value
 
     result = func(*map(here, args), **{key: here(value) for key, value in kwargs.items()})
     if not isinstance(result, Tensor):
@@ -83,9 +85,36 @@ def by_feature(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     return made
 
 
-def _same_everywhere(scalar: Tensor) -> bool:
-    """Whether ranks hold, or can be seen to hold, the same: a parameter, or a value that is cheap to look at."""
-    return isinstance(scalar, nn.Parameter) or (scalar.device.type == "cpu" and not scalar.requires_grad)
+def are_inside(activations: Sequence[Held]) -> bool:
+    """Whether an operation may be done on what this rank holds of activations."""
+    if not torch.is_grad_enabled() and any(a.requires_grad for a in activations) and in_autograd_function():
+        return False  # autograd takes what comes out for a tensor of its own
+    for activation in activations:
+        activation.settle()
+    return all(activation.local is not None for activation in activations)
+
+
+def goes_along(parameter: Tensor, activation: Held) -> bool:
+    """Whether a parameter has one number for all features, or one for each, and meets them along the last dimension."""
+    width = parameter.shape[-1] if parameter.dim() else 1
+    is_one_row = parameter.numel() == width and parameter.dim() <= activation.dim()
+    return is_one_row and (width == 1 or (width == activation.shape[-1] and activation.place.parts == 1))
+
+
+def share_of(parameter: Tensor, ranks: Ranks) -> Tensor:
+    """What belongs to this rank's features of a parameter that every rank holds: one number, or one for each feature.
+
+    Parameters are the same on all ranks; of another tensor nothing is known.
+    """
+    parameter = replicated(parameter, ranks)
+    if parameter.numel() == 1:
+        return parameter.reshape(parameter.shape[-1:])
+    return parameter.reshape(-1)[ranks.slice_of(parameter.numel())]
+
+
+def _is_seen_through(scalar: Tensor) -> bool:
+    """Whether a value is cheap to look at, to see that ranks hold the same."""
+    return scalar.device.type == "cpu" and not scalar.requires_grad
 
 
 def _keeps_layout(value: Any, activation: Held) -> bool:

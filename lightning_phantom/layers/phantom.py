@@ -14,6 +14,9 @@ With p blocks of k-wide latents, `m_in = in/p`, `m_out = out/p`, and R ranks of 
 | D_ij [m_out, k], j != i | `decompressor_weight` | [out/R, (p-1)*k] | [out, (p-1)*k] |
 | b_i  [m_out] | `bias` | [out/R] | [out] |
 
+Output features are cut into p contiguous blocks; of a gate and what it gates side by side (`parts` = 2), block i has
+features i of each, so that their product lies as a layer's input does.
+
 Backward, with d_i the gradient at z_i, g_j = C_j x_j and h_j = sum over i != j of D_ij^T d_i:
 
     dL_i = d_i^T x_i    dD_ij = d_i^T g_j    dC_j = h_j^T x_j    dx_j = L_j^T d_j + C_j^T h_j    db_i = d_i
@@ -39,8 +42,18 @@ from lightning_phantom.distributed.agreement import Rows
 from lightning_phantom.distributed.exchange import gather_latents
 from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import PhantomError
-from lightning_phantom.layers.factors import Blocks, Factors, from_dense, random_bias, random_factors, to_dense
-from lightning_phantom.layers.split import SplitLinear, differentiate, of_those_read
+from lightning_phantom.layers.factors import (
+    Blocks,
+    Factors,
+    by_block,
+    by_part,
+    from_dense,
+    random_bias,
+    random_factors,
+    to_dense,
+)
+from lightning_phantom.layers.split import SplitLinear, of_those_read
+from lightning_phantom.layers.twice import differentiate
 
 FACTORS = ("weight", "compressor_weight", "decompressor_weight")
 
@@ -59,6 +72,7 @@ class PhantomLinear(SplitLinear):
         bias: whether to learn an additive bias.
         process_group: the ranks that hold the layer between them; `None`: this process holds all of it.
         dense_class: the kind of layer that it stands for; dense state dicts are in that one's orientation.
+        parts: 2 where the output is a gate and what it gates, side by side: block i then has features i of each part.
         device: where the parameters live. On the meta device nothing is allocated.
         dtype: type of the parameters.
 
@@ -88,11 +102,15 @@ class PhantomLinear(SplitLinear):
         *,
         process_group: ProcessGroup | None = None,
         dense_class: type[nn.Module] = nn.Linear,
+        parts: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, process_group, dense_class)
         _check_sizes(in_features, out_features, num_blocks, self.ranks.size)
+        if out_features % (num_blocks * parts):
+            raise PhantomError(f"parts={parts} of {out_features} features do not divide into num_blocks={num_blocks}.")
+        self._order = _Order(parts)
         check_phantom_width(phantom_width)
         self.num_blocks = num_blocks
         self.phantom_width = resolve_phantom_width(phantom_width, in_features, out_features, num_blocks)
@@ -113,6 +131,11 @@ class PhantomLinear(SplitLinear):
         self.reset_parameters()
 
     @property
+    def parts(self) -> int:  # type: ignore[override]
+        """How many parts of equal width the output has; block i has its share of each."""
+        return self._order.parts
+
+    @property
     def blocks(self) -> Blocks:
         """The layer's sizes and the key of its random numbers."""
         seed = 0 if self.init_seed is None else self.init_seed
@@ -126,16 +149,21 @@ class PhantomLinear(SplitLinear):
         """Apply the layer to x [tokens, in] in a process that holds all of it."""
         plainly = not torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_transformed()
         if plainly:
-            return _mix(x, self.ranks, None, "", self.num_blocks, *factors)
-        z: Tensor = _Mix.apply(x, self.ranks, None, "", self.num_blocks, *factors)[0]
-        return z
+            return self._by_part(_mix(x, self.ranks, None, "", self.num_blocks, *factors))
+        return self._by_part(_Mix.apply(x, self.ranks, None, "", self.num_blocks, *factors)[0])
+
+    def _by_part(self, z: Tensor) -> Tensor:
+        """Z [tokens, out/R], block by block -> part by part."""
+        q = self.num_blocks // self.ranks.size
+        return z if self.parts == 1 or q == 1 else z.unflatten(1, (q, self.parts, -1)).transpose(1, 2).flatten(1)
 
     def among(
         self, layers: Sequence[PhantomLinear], x: Tensor, rows: Rows, inside: bool, factors: Sequence[Any]
     ) -> list[Tensor]:
         """Apply `layers` to x [T, in/R]; see `SplitLinear`."""
         what = f"latents of {self.name!r}"
-        return list(_Mix.apply(x, self.ranks, rows, what, self.num_blocks, *factors))
+        zs = _Mix.apply(x, self.ranks, rows, what, self.num_blocks, *factors)
+        return [layer._by_part(z) for layer, z in zip(layers, zs, strict=True)]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -161,18 +189,32 @@ class PhantomLinear(SplitLinear):
         """This rank's factors of the best approximation of a dense weight [out, in], and its bias; collective."""
         state: dict[str, Tensor] = {}
         if weight is not None:
-            state.update(zip(FACTORS, from_dense(weight, self.blocks, self.ranks), strict=True))
+            state.update(zip(FACTORS, from_dense(self.by_block(weight), self.blocks, self.ranks), strict=True))
         if bias is not None:
-            state["bias"] = self.share_of("bias", bias)
+            state["bias"] = self.share_of("bias", self.by_block(bias))
         return state
+
+    def by_block(self, rows: Tensor) -> Tensor:
+        """The rows [out, *] of a dense weight or bias, in the order of the blocks."""
+        return by_block(rows, self.num_blocks, self.parts)
 
     def dense_from(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The dense weight [out, in] that the factors of all ranks stand for."""
-        return to_dense(Factors(*(tensors[name] for name in FACTORS)), self.num_blocks)
+        dense = to_dense(Factors(*(tensors[name] for name in FACTORS)), self.num_blocks)
+        return by_part(dense, self.num_blocks, self.parts)
+
+    def bias_from(self, whole: Tensor) -> Tensor:
+        """The dense bias [out]: the parameter, part by part."""
+        return by_part(whole, self.num_blocks, self.parts)
+
+    def follow(self, record: Mapping[str, Any]) -> None:
+        """Take over whether the output is cut in parts: earlier releases cut it as one, whatever it was."""
+        self._order.parts = record.get("parts", 1)
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the layer that loads it."""
-        return {**super().record(), "phantom_width": self.phantom_width}
+        in_parts = {"parts": self.parts} if self.parts > 1 else {}
+        return {**super().record(), "phantom_width": self.phantom_width, **in_parts}
 
     def shared_record(self) -> dict[str, Any]:
         """What all layers of one model have in common: p."""
@@ -183,7 +225,19 @@ class PhantomLinear(SplitLinear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"num_blocks={self.num_blocks}, phantom_width={self.phantom_width}, ranks={self.ranks.size}"
+            + f", parts={self.parts}"
+            * (self.parts > 1)
         )
+
+
+class _Order:
+    """In how many parts a layer's output is cut: one for a layer and its copies, as their checkpoint is one."""
+
+    def __init__(self, parts: int) -> None:
+        self.parts = parts
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Order:
+        return self
 
 
 def _check_sizes(in_features: int, out_features: int, num_blocks: int, num_ranks: int) -> None:

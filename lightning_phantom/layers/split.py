@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -67,6 +67,8 @@ class SplitLinear(nn.Linear):
         self.siblings: tuple[SplitLinear, ...] = (self,)
         self.init_seed: int | None = None
 
+    parts = 1  # of equal width that the output has, each of which ranks hold between them by itself
+
     # What a subclass defines
 
     def factors(self) -> tuple[Tensor | None, ...]:
@@ -102,6 +104,13 @@ class SplitLinear(nn.Linear):
     def dense_from(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The dense weight [out, in] that whole parameters, given by name, stand for."""
         raise NotImplementedError
+
+    def bias_from(self, whole: Tensor) -> Tensor:
+        """The dense bias [out] that the whole parameter stands for."""
+        return whole
+
+    def follow(self, record: Mapping[str, Any]) -> None:
+        """Read parameters as those of a checkpoint's record are to be read, where it leaves a choice."""
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the layer that loads it."""
@@ -165,7 +174,7 @@ class SplitLinear(nn.Linear):
     def _among_ranks(self, input: Tensor) -> Tensor:
         if isinstance(input, ShardedActivation):
             input.settle()
-            input = input.whole(self.name) if input.local is None else input
+            input = input.whole(self.name) if input.local is None or input.place.parts > 1 else input
         last: Last | None = self.ranks.agreement.last
         if last is None or not last.is_of(input):
             last = self._read(input)
@@ -180,7 +189,7 @@ class SplitLinear(nn.Linear):
         shape = (*input.shape[:-1], self.out_features)
         if self.leaves:
             return z.reshape(shape)
-        return ShardedActivation.wrap(z, shape, Place(self.ranks, last.rows, self.name))
+        return ShardedActivation.wrap(z, shape, Place(self.ranks, last.rows, self.name, self.parts))
 
     def _read(self, input: Tensor) -> Last:
         """Bring an input inside, and remember it for the layers that read it next."""
@@ -303,18 +312,6 @@ def _cast(x: Tensor, factors: Sequence[Any]) -> tuple[Tensor, list[Any]]:
     dtype = torch.get_autocast_dtype(x.device.type)
     x, *cast = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *factors))
     return x, cast
-
-
-def differentiate(
-    compute: Callable[..., Sequence[Tensor]], inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """The gradients of `compute(*inputs)`, None where not needed, as values that have gradients themselves.
-
-    For backwards that are differentiated again (`create_graph=True`): the forward is computed once more.
-    """
-    wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(compute(*inputs), wanted, grads, create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in needed]
 
 
 def of_those_read(

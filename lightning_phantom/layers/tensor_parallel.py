@@ -32,7 +32,8 @@ from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers.dense import is_conv1d, oriented
 from lightning_phantom.layers.seeds import generator_of
-from lightning_phantom.layers.split import SplitLinear, differentiate, of_those_read
+from lightning_phantom.layers.split import SplitLinear, of_those_read
+from lightning_phantom.layers.twice import differentiate
 
 CUTS = ("column", "row")
 

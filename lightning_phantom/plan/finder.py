@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -84,7 +85,9 @@ def _make_plan(module: nn.Module, config: Config) -> Plan:
             ffn, group = places[name]
             reason = f"FFN: {ffn.known_by}" if config.plan is None else "named in the plan"
             decision = config.decision(group.depth)
-            layers.append(_describe(name, linear, config, decision, reason, _no_gain(linear, config) or ""))
+            planned = _describe(name, linear, config, decision, reason, _no_gain(linear, config) or "")
+            divides = planned.out_features % (group.parts * config.parts) == 0
+            layers.append(replace(planned, parts=group.parts if divides else 1))
         elif config.plan is not None:
             reason = "skipped by the plan" if name in words else "not named in the plan"
             layers.append(_describe(name, linear, config, "skip", reason))

@@ -31,6 +31,7 @@ class PlannedLayer:
         weights_before: parameters of the dense layer.
         weights_after: parameters after the swap, all ranks together.
         warning: what a user should know, in words; empty if nothing.
+        parts: 2 where its output is a gate and what it gates, side by side.
     """
 
     name: str
@@ -44,6 +45,7 @@ class PlannedLayer:
     weights_before: int
     weights_after: int
     warning: str = ""
+    parts: int = 1
 
     @property
     def swapped(self) -> bool:
@@ -91,6 +93,7 @@ class Plan:
                 shares_input=n > 0,
                 phantom_width=by_name[name].phantom_width,
                 depth=group.depth,
+                norms=group.norms if n == 0 else (),
             )
             for ffn in self.ffns
             for group in ffn.groups

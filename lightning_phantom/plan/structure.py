@@ -24,9 +24,12 @@ class Group(NamedTuple):
     Attributes:
         names: full names of the modules; the first computes for all.
         depth: how many linears lie before them, on the longest way.
-        enters: whether the value is whole tokens: it comes from outside the FFN, or out of a norm in it.
+        enters: whether the value is whole tokens: it comes from outside the FFN, or out of a norm that needs them.
         leaves: whether something outside reads what they write.
-        exits: whether what they write goes back to whole tokens: it leaves, or a norm in the FFN reads it.
+        exits: whether what they write goes back to whole tokens: it leaves, or such a norm in the FFN reads it.
+        normed: whether the value comes out of an operation that knows how features lie (`layers.across`).
+        norms: the operations of that kind on what they write: how many numbers a token each exchanges.
+        parts: 2 where what each writes is a gate and what it gates, side by side.
     """
 
     names: tuple[str, ...]
@@ -34,6 +37,9 @@ class Group(NamedTuple):
     enters: bool
     leaves: bool
     exits: bool
+    normed: bool = False
+    norms: tuple[int, ...] = ()
+    parts: int = 1
 
 
 class FFN(NamedTuple):
@@ -220,9 +226,12 @@ def _connected(flows: list[Flow], wanted: set[str]) -> Iterator[tuple[Group, ...
                     Group(
                         tuple(flow.name for flow in group),
                         depth[group[0].name],
-                        enters=group[0].normed or not set(group[0].sources) & part,
+                        enters=group[0].enters or not set(group[0].sources) & part,
                         leaves=leaves,
                         exits=any(flow.exits or flow.name in read_outside for flow in group),
+                        normed=group[0].normed,
+                        norms=tuple(numbers for flow in group for numbers in flow.norms),
+                        parts=min(flow.parts for flow in group),
                     )
                 )
             yield tuple(joined)
@@ -250,7 +259,7 @@ def _registered(root: nn.Module, left: Mapping[str, Any]) -> Iterator[FFN]:
             yield _pair(tuple(run[:-1]), run[-1], "d -> h and h -> d in one block")
         elif len(run) == 2 and _holds_gate_and_up(root, *run):
             first, second = (Group((name,), depth, True, depth == 1, True) for depth, name in enumerate(run))
-            yield FFN((first, second), "d -> 2h and h -> d in one block: gate and up are one linear")
+            yield FFN((first._replace(parts=2), second), "d -> 2h and h -> d in one block: gate and up are one linear")
 
 
 def _holds_gate_and_up(root: nn.Module, first: str, second: str) -> bool:

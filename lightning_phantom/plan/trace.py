@@ -12,15 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
+from lightning_phantom.layers import across
 from lightning_phantom.layers.dense import is_linear
 from lightning_phantom.layers.elementwise import ANSWERS, TABLE, is_elementwise_module
 
 _METHODS = frozenset(TABLE.values())
-_NORMS = tuple(
-    getattr(nn, name)
-    for name in "LayerNorm RMSNorm GroupNorm BatchNorm1d BatchNorm2d SyncBatchNorm PReLU GLU".split()
-    if hasattr(nn, name)
+# They connect linears, too: those of which `across` knows nothing at the price of an exchange.
+_WHOLE = tuple(
+    getattr(nn, name) for name in "LayerNorm RMSNorm GroupNorm BatchNorm1d BatchNorm2d SyncBatchNorm PReLU GLU".split()
 )
 
 
@@ -32,16 +33,23 @@ class Flow(NamedTuple):
         sources: the linears whose outputs its input is made from, by elementwise operations and norms alone.
         reads: what it reads; equal for those that read the same value.
         leaves: whether something else reads what is made from its output.
-        normed: whether a norm has made what it reads, which is whole tokens then.
-        exits: whether what it is the last to write into goes back to whole tokens, for a norm or for something else.
+        enters: whether what it reads is whole tokens: a norm that needs them has made it.
+        exits: whether what it is the last to write into goes back to whole tokens, for such a norm or for something
+            else.
+        normed: whether an operation that knows how features lie, such as a layer norm, has made what it reads.
+        norms: the operations of that kind on what it is the last to write into: the numbers a token of each.
+        parts: 2 where a gated linear unit reads what it writes.
     """
 
     name: str
     sources: tuple[str, ...]
     reads: object
     leaves: bool
-    normed: bool
+    enters: bool
     exits: bool
+    normed: bool
+    norms: tuple[int, ...]
+    parts: int
 
 
 def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
@@ -54,8 +62,11 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
         return None
     sources: dict[fx.Node, tuple[str, ...]] = {}
     answers: set[fx.Node] = set()  # shapes, types and numbers that come of them
+    whole: set[fx.Node] = set()
     normed: set[fx.Node] = set()
     exiting: set[str] = set()
+    norms: dict[str, tuple[int, ...]] = {}
+    gated: set[str] = set()
     for node in graph.nodes:
         reads = [read for read in node.all_input_nodes if read not in answers]
         if node.all_input_nodes and (not reads or _asks(node)):
@@ -63,13 +74,19 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
         elif node.op == "call_module" and node.target in linears:
             sources[node] = (node.target,)
         elif _by_feature(node, module):
-            made = [sources.get(read, ()) for read in reads]
+            made = [sources.get(read, ()) for read in reads if not _goes_along(read, module)]
             if made and all(made):
                 sources[node] = tuple(dict.fromkeys(name for names in made for name in names))
-                if _is_norm(node, module) or normed & set(reads):
+                numbers = _numbers(node, module)
+                if _needs_whole(node, module) or whole & set(reads):
+                    whole.add(node)
+                    gated.update(sources[node] if _is_gate(node, module) and len(sources[node]) == 1 else ())
+                elif numbers or normed & set(reads):
                     normed.add(node)
-        if node not in answers and (node not in sources or node in normed):
-            exiting.update(sources[read][-1] for read in reads if read in sources and read not in normed)
+                    last = sources[node][-1]
+                    norms[last] = (*norms.get(last, ()), *numbers)
+        if node not in answers and (node not in sources or node in whole):
+            exiting.update(sources[read][-1] for read in reads if read in sources and read not in whole)
     leaving = {
         name
         for node in graph.nodes
@@ -82,7 +99,9 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
         if node.op == "call_module" and node.target in linears and node.all_input_nodes:
             read = node.all_input_nodes[0]
             name = str(node.target)
-            flows.append(Flow(name, sources.get(read, ()), read, name in leaving, read in normed, name in exiting))
+            ways = name in leaving, read in whole, name in exiting, read in normed
+            parts = 2 if name in gated else 1
+            flows.append(Flow(name, sources.get(read, ()), read, *ways, norms.get(name, ()), parts))
     return flows
 
 
@@ -122,13 +141,53 @@ def _by_feature(node: fx.Node, root: nn.Module) -> bool:
         return _is_by_feature(root.get_submodule(str(node.target)))
     name = getattr(node.target, "__name__", str(node.target))
     if node.op == "call_method":
-        return name in _METHODS
+        return name in _METHODS or _takes_parts(node)
     is_operator = node.target is getattr(operator, name, None) and f"__{name}__" in _METHODS
-    return node.op == "call_function" and (node.target in TABLE or is_operator)
+    known = node.target in TABLE or node.target in across.NORMS or is_operator
+    return (node.op == "call_function" and known) or _takes_parts(node)
 
 
-def _is_norm(node: fx.Node, root: nn.Module) -> bool:
-    return node.op == "call_module" and isinstance(root.get_submodule(str(node.target)), _NORMS)
+def _goes_along(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a node is a parameter of the module's own with one number, or one a feature."""
+    if node.op != "get_attr":
+        return False
+    owner, _, name = str(node.target).rpartition(".")
+    value = getattr(root.get_submodule(owner), name, None)
+    return isinstance(value, nn.Parameter) and value.numel() == (value.shape[-1] if value.dim() else 1)
+
+
+def _needs_whole(node: fx.Node, root: nn.Module) -> bool:
+    if node.op != "call_module":
+        return _takes_parts(node)
+    return any(
+        isinstance(m, _WHOLE) and not across.operation_of(m) for m in root.get_submodule(str(node.target)).modules()
+    )
+
+
+def _takes_parts(node: fx.Node) -> bool:
+    """Whether a node cuts a gate off what it gates, in the forward itself, or is one of the two."""
+    if node.target is operator.getitem:
+        return _takes_parts(node.args[0]) and node.args[1] in (0, 1)
+    if node.target is F.glu:
+        return (*node.args[1:], *node.kwargs.values()) in ((), (-1,))
+    is_chunk = node.target in ("chunk", torch.chunk)
+    return is_chunk and (*node.args[1:], *node.kwargs.values()) in ((2, -1), (2, node.kwargs.get("input"), -1))
+
+
+def _is_gate(node: fx.Node, root: nn.Module) -> bool:
+    if node.op != "call_module":
+        return _takes_parts(node)
+    return any(isinstance(m, nn.GLU) for m in root.get_submodule(str(node.target)).modules())
+
+
+def _numbers(node: fx.Node, root: nn.Module) -> list[int]:
+    """How many numbers a token each operation of a node that knows how features lie exchanges."""
+    if node.op == "call_function":
+        return [across.NORMS[node.target].numbers] if node.target in across.NORMS else []
+    if node.op != "call_module":
+        return []
+    found = map(across.operation_of, root.get_submodule(str(node.target)).modules())
+    return [operation.numbers for operation in found if operation]
 
 
 def _is_by_feature(module: nn.Module) -> bool:
@@ -136,7 +195,8 @@ def _is_by_feature(module: nn.Module) -> bool:
     if type(module) is nn.Sequential:
         return all(map(_is_by_feature, module))
     names_itself = type(module).__name__.lower().endswith(("activation", "gelu", "relu", "silu"))
-    return is_elementwise_module(module) or isinstance(module, _NORMS) or (names_itself and not _holds_weights(module))
+    is_norm = isinstance(module, _WHOLE) or across.operation_of(module) is not None
+    return is_elementwise_module(module) or is_norm or (names_itself and not _holds_weights(module))
 
 
 def _holds_weights(module: nn.Module) -> bool:

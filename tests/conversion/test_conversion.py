@@ -1,5 +1,6 @@
 """Checkpoints from dense to phantom and back: the calibration's least squares, exact merges, the command."""
 
+import copy
 import ctypes
 import io
 import json
@@ -16,7 +17,8 @@ from converting import CONFIG, Small, SmallData
 from torch import nn
 from training import trainer
 
-from lightning_phantom import PhantomStrategy
+from lightning_phantom import PhantomConfig, PhantomStrategy, phantomize_, plan_phantom
+from lightning_phantom.checkpoints.format import factors_of
 from lightning_phantom.commands.cli import main
 from lightning_phantom.conversion import calibrate
 from lightning_phantom.conversion import checkpoints as conversion
@@ -163,6 +165,32 @@ def test_merging_is_exact(n_in, n_out, p, q, k):
     assert merged.weight.shape == (n_out, n_in // coarse)
     assert merged.decompressor.shape == (n_out, (coarse - 1) * width)
     assert torch.allclose(to_dense(merged, coarse), to_dense(factors, p), atol=1e-12, rtol=0)
+
+
+def gated():
+    return nn.Sequential(nn.Linear(16, 64), nn.GLU(), nn.Linear(32, 16))
+
+
+def test_a_gate_in_one_linear_is_cut_as_a_strategy_cuts_it_and_merges_exactly(tmp_path):
+    torch.manual_seed(0)
+    module, x = gated(), torch.randn(5, 16)
+    checkpoint = {"state_dict": module.state_dict()}
+    plan = plan_phantom(module, PhantomConfig(8, 1))
+    converted, _ = conversion.to_phantom(checkpoint, plan, tmp_path)
+    phantom = phantomize_(copy.deepcopy(module), PhantomConfig(8, 1))
+    assert converted["phantom"]["layers"]["0"]["parts"] == phantom[0].parts == 2
+    (factors,) = factors_of(converted)
+    assert all(torch.equal(factors.tensors[name], value) for name, value in phantom.state_dict().items())
+    module.load_state_dict(converted["state_dict"])
+    assert torch.allclose(module(x), phantom(x), atol=1e-6)
+
+    merged, _ = conversion.to_fewer_blocks(converted, 2, tmp_path)
+    coarse = phantomize_(gated(), PhantomConfig(4, 2))
+    (factors,) = factors_of(merged)
+    coarse.load_state_dict(factors.tensors)
+    assert torch.allclose(coarse(x), phantom(x), atol=1e-6)
+    module.load_state_dict(merged["state_dict"])
+    assert torch.allclose(module(x), phantom(x), atol=1e-6)
 
 
 def test_torchs_fused_transformer_layers_are_seen_too():

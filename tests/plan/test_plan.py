@@ -11,6 +11,7 @@ from torch import nn
 from lightning_phantom.config import PhantomConfig, TensorParallelConfig
 from lightning_phantom.errors import PhantomError, PlanError
 from lightning_phantom.plan.finder import plan_phantom, plan_tensor_parallel
+from lightning_phantom.plan.structure import Group
 from lightning_phantom.swap import phantomize_
 
 
@@ -63,7 +64,7 @@ def test_what_is_named_forms_the_networks_that_it_does_without_a_plan():
     assert plan_of(module, plan={"*": "phantom"}).ffns == plan_of(module).ffns
     (ffn,) = plan_of(module, plan={"0": "phantom"}).ffns
     (group,) = ffn.groups
-    assert group == (("0",), 0, True, True, True)
+    assert group == Group(("0",), 0, True, True, True)
 
 
 def test_a_lone_linear_is_swapped_only_when_named():

@@ -100,6 +100,10 @@ def test_a_gate_and_up_in_one_linear_make_a_network_with_the_one_that_reads_thei
     module = Untraceable(gate_up=(16, 64), down=(32, 16))
     (ffn,) = plan_of(module).ffns
     assert [(g.names, g.enters, g.exits) for g in ffn.groups] == [(("gate_up",), True, True), (("down",), True, True)]
+    assert [layer.parts for layer in plan_of(module).layers] == [2, 1]
+    assert [layer.parts for layer in plan_of(module, 8).layers] == [2, 1]
+    narrow = Untraceable(gate_up=(16, 24), down=(12, 16))  # of which 8 blocks would have a part and a half each
+    assert [(layer.decision, layer.parts) for layer in plan_of(narrow, 8).layers] == [("skip", 1), ("skip", 1)]
     assert "gate and up are one linear" in reasons(module)["gate_up"]
 
 

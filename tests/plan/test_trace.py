@@ -95,6 +95,67 @@ def test_a_question_about_a_value_is_no_reader_of_it():
     assert ffn.groups == (Group(("fc1",), 0, True, False, False), Group(("fc2",), 1, False, True, True))
 
 
+@pytest.mark.parametrize(
+    ("between", "exits", "norms"),
+    [
+        (nn.LayerNorm(24), False, (2,)),
+        (nn.Sequential(nn.RMSNorm(24), nn.PReLU(24)), False, (1, 0)),
+        (nn.BatchNorm1d(24), False, (0,)),
+        (lambda h: F.rms_norm(F.layer_norm(h, (24,)), h.shape[-1:]), False, (2, 1)),
+        (nn.GroupNorm(2, 24), True, ()),
+        (nn.Sequential(nn.GroupNorm(2, 24), nn.LayerNorm(24)), True, ()),
+        (nn.LayerNorm((5, 24)), True, ()),
+    ],
+)
+def test_norms_that_know_how_features_lie_keep_them_inside(between, exits, norms):
+    (ffn,) = plan_of(Block(between, sizes=(16, 24, 8))).ffns
+    expected = Group(("fc1",), 0, True, False, exits, False, norms), Group(("fc2",), 1, exits, True, True, bool(norms))
+    assert ffn.groups == expected
+    assert [layer.norms for layer in plan_of(Block(between, sizes=(16, 24, 8))).cost_layers()] == [norms, ()]
+
+
+def chunk_it(h):
+    gate, up = h.relu().chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        nn.GLU(),
+        nn.Sequential(nn.Dropout(0.1), nn.GLU()),
+        lambda h: F.glu(h.tanh()),
+        chunk_it,
+        lambda h: torch.mul(*(torch.chunk(h, 2, -1)[n] for n in (0, 1))),
+    ],
+)
+def test_a_gated_linear_unit_reads_two_parts_of_one_linear(gate):
+    class Cut(Block):
+        def __init__(self, between):
+            super().__init__(between)
+            self.fc2 = nn.Linear(16, 24)
+
+    (ffn,) = plan_of(Cut(gate)).ffns
+    assert ffn.known_by == "a trace connects its linears" and [group.parts for group in ffn.groups] == [2, 1]
+
+
+def test_parameters_with_a_number_a_feature_connect_but_what_is_made_of_them_does_not():
+    class Scales(Block):
+        def forward(self, x):
+            return self.fc2(self.scale * self.fc1(x) + self.shift)
+
+    class Transforms(Scales):
+        def forward(self, x):
+            return self.fc2(self.fc1(x) * self.scale.exp())
+
+    parameters = {"scale": nn.Parameter(torch.ones(1, 24)), "shift": nn.Parameter(torch.ones(24))}
+    (ffn,) = plan_of(Scales(sizes=(16, 24, 8), **parameters)).ffns
+    assert ffn.groups == (Group(("fc1",), 0, True, False, False), Group(("fc2",), 1, False, True, True))
+    assert groups_of(Transforms(sizes=(16, 24, 8), **parameters)) == []
+    matrix = {"scale": nn.Parameter(torch.ones(5, 24)), "shift": nn.Parameter(torch.ones(24))}
+    assert groups_of(Scales(sizes=(16, 24, 8), **matrix)) == []
+
+
 def test_a_residual_inside_connects_nothing():
     class Residual(Block):
         def forward(self, x):

@@ -639,11 +639,11 @@ def test_precision_plugins_that_replace_linears_are_refused():
 
 
 class Odd(Net):
-    """A norm within its FFN, and an FFN that nothing calls."""
+    """A softmax within its FFN, and an FFN that nothing calls."""
 
     def __init__(self):
         super().__init__(dropout=0.0)
-        self.net = nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 16))
+        self.net = nn.Sequential(nn.Linear(16, 32), nn.Softmax(-1), nn.ReLU(), nn.Linear(32, 16))
         self.spare = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
 
 
@@ -683,7 +683,7 @@ def test_what_leaves_an_ffn_within_is_named(two):
     for rank, (results, _) in enumerate(two(two_first_step)):
         for (_, said), odd in zip(results, (True, True, False), strict=True):
             assert len(said) == (odd and rank == 0)
-            assert all(s.endswith(f"\n  net.0: layer_norm  {training.__file__}:{line}") for s in said)
+            assert all(s.endswith(f"\n  net.0: softmax  {training.__file__}:{line}") for s in said)
 
 
 def test_the_strategy_tells_its_plan(two):
