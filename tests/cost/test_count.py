@@ -54,6 +54,18 @@ class Heads(nn.Module):
         return torch.cat([self.mean(h), self.spread(h)], -1)
 
 
+class Tapped(nn.Module):
+    """What the first linear returns is read by the second and, whole, outside."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        h = self.up(x)
+        return torch.cat([self.down(torch.relu(h)), h.softmax(-1)], -1)
+
+
 class Residual(nn.Module):
     """Values that linears of odd and of even depth write into together."""
 
@@ -153,7 +165,7 @@ CASES = [
 
 def torchs_step(name, needs_grad):
     """What a step has taken that torch's own parallelize_module has split, and the layers; None where it cannot."""
-    module, size = MODULES[name](), dist.get_world_size()
+    module, size = {**MODULES, "tapped": Tapped}[name](), dist.get_world_size()
     try:
         plan, styles = torch_plan(module, size)
     except PhantomError:
@@ -169,7 +181,9 @@ def torchs_step(name, needs_grad):
 
 
 def every_step():
-    names = [name for name in MODULES if name not in ("residual", "alone")]  # which torch cannot, or no plan finds
+    names = [
+        name for name in (*MODULES, "tapped") if name not in ("residual", "alone")
+    ]  # which torch cannot, or no plan finds
     by_torch = {(name, grad): torchs_step(name, grad) for name in names for grad in (True, False)}
     return [step(*case, dist.group.WORLD) for case in CASES], averaged(), by_torch
 
@@ -213,7 +227,13 @@ def test_a_step_on_several_ranks_takes_what_is_counted(size):
         assert (weights, flops) == (ddp.weights, ddp.flops)
         assert ddp.weight_bytes == ddp.sent_bytes == 2 * (size - 1) * 4 * elements // size
         assert ddp.calls == 1
-        assert {name for (name, _), seen in by_torch.items() if seen is not None} >= {"pair", "four", "norms", "gated"}
+        assert {name for (name, _), seen in by_torch.items() if seen is not None} >= {
+            "pair",
+            "four",
+            "norms",
+            "gated",
+            "tapped",
+        }
         for case, (layers, taken) in ((case, seen) for case, seen in by_torch.items() if seen is not None):
             cost = estimate_cost(layers, size, 1, size, size * TOKENS).tensor_parallel_torch
             assert taken == (cost.weights, cost.flops, cost.sent_bytes, cost.calls), case
