@@ -78,6 +78,8 @@ def by_feature(func: Any, name: str, args: Any, kwargs: Any) -> Any:
         return first
     if result is first.local:
         return first
+    if result.shape != first.local.shape:  # type: ignore[union-attr]
+        return NotImplemented  # what an activation was only asked of, such as its type
     made = first.wrap(result, first.shape, first.place)
     if name in CASTS and not result.is_meta and result.data_ptr() == first.local.data_ptr():  # type: ignore[union-attr]
         first._relatives.extend(made._relatives)

@@ -166,12 +166,10 @@ def _needs_whole(node: fx.Node, root: nn.Module) -> bool:
 
 def _takes_parts(node: fx.Node) -> bool:
     """Whether a node cuts a gate off what it gates, in the forward itself, or is one of the two."""
+    given = (*node.args[1:], *node.kwargs.values())
     if node.target is operator.getitem:
-        return _takes_parts(node.args[0]) and node.args[1] in (0, 1)
-    if node.target is F.glu:
-        return (*node.args[1:], *node.kwargs.values()) in ((), (-1,))
-    is_chunk = node.target in ("chunk", torch.chunk)
-    return is_chunk and (*node.args[1:], *node.kwargs.values()) in ((2, -1), (2, node.kwargs.get("input"), -1))
+        return isinstance(node.args[0], fx.Node) and _takes_parts(node.args[0]) and given in ((0,), (1,))
+    return given in ((), (-1,)) if node.target is F.glu else node.target in ("chunk", torch.chunk) and given == (2, -1)
 
 
 def _is_gate(node: fx.Node, root: nn.Module) -> bool:

@@ -13,11 +13,14 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_phantom import PhantomConfig, phantomize_
+from lightning_phantom.config import TensorParallelConfig
 from lightning_phantom.distributed.mesh import Sizes, make_mesh
 from lightning_phantom.errors import LayoutError
 from lightning_phantom.layers.activation import watch_gathers
 from lightning_phantom.layers.split import sharded_parameters, split_layers
+from lightning_phantom.plan.finder import plan_tensor_parallel
 from lightning_phantom.strategies.agree import average_shards
+from lightning_phantom.swap import carry_out
 
 D, WIDTH, BLOCKS = 8, 16, 4
 TOKENS = (3, 5, 0, 2)  # of each rank
@@ -68,6 +71,15 @@ VECTORS = {
     "into the activation": lambda: Calls(lambda h, s: h.clone().mul_(s), learned(WIDTH)),
     "chosen": lambda: Calls(lambda h, s: torch.where(h > 0, h, s), learned(WIDTH)),
 }
+OTHERS = {  # which want whole tokens
+    "a parameter of its type": lambda: Calls(lambda h, s: h.exp() * s.type_as(h), learned(WIDTH)),
+    "a number of its type": lambda: Calls(lambda h, s: h.exp() * s.to(h), learned()),
+    "made of a parameter": lambda: Calls(lambda h, s: h * s.exp(), learned(WIDTH)),
+    "a parameter of positions": lambda: Calls(lambda h, s: h * s, learned(2, WIDTH)),
+    "normed by what is no parameter": lambda: Calls(lambda h, s: F.layer_norm(h, (WIDTH,), s * 2), learned(WIDTH)),
+    "normed with the positions": lambda: nn.LayerNorm((2, WIDTH)),
+    "a norm of groups": lambda: Calls(lambda h: F.group_norm(h.transpose(1, 2), 4).transpose(1, 2)),
+}
 MATRICES = {  # which read the second dimension as features
     "batch norm": lambda: nn.BatchNorm1d(WIDTH, momentum=0.3),
     "batch norm, mean of all batches": lambda: nn.BatchNorm1d(WIDTH, eps=0.1, momentum=None, affine=False),
@@ -97,7 +109,7 @@ BACK_TO_TOKENS = {  # what does not know how the two lie finds them side by side
     "both compared": lambda: Calls(lambda h: (h > h * 2).flip(-1)[..., :WIDTH] * h[..., WIDTH:]),
     "through a function": lambda: Calls(lambda h: Cube.apply(h)[..., WIDTH:]),
 }
-CASES = {**NORMS, **VECTORS, **MATRICES, **GATES, **BACK_TO_TOKENS}
+CASES = {**NORMS, **VECTORS, **MATRICES, **GATES, **BACK_TO_TOKENS, **OTHERS}
 
 
 class Cube(torch.autograd.Function):
@@ -143,10 +155,15 @@ class Dense(nn.Module):
         return F.linear(x, weight, self.bias)[..., self.order]
 
 
-def nets(make, group, parts=1):
-    """The same net on the ranks of a group, and dense in one process."""
+def nets(make, group, parts=1, exact=False):
+    """The same net on the ranks of a group, in phantom or in exact layers, and dense in one process."""
     torch.manual_seed(0)
     net = Net(make, parts).double()
+    if exact:
+        mine = copy.deepcopy(net)
+        config = TensorParallelConfig(dist.get_world_size(group), plan={"up": "phantom", "down": "phantom"})
+        carry_out(mine, plan_tensor_parallel(mine, config), group, group)
+        return mine, net
     config = PhantomConfig(BLOCKS, 1, plan={"up": "phantom", "down": "phantom"}, init="random")
     mine, dense = (phantomize_(copy.deepcopy(net), config, g) for g in (group, None))
     assert (dense.up.parts, dense.down.parts) == (parts, 1)
@@ -203,12 +220,12 @@ def averaged(net, mesh):
     return grads
 
 
-def check(name, make, mesh, lead, way):
+def check(name, make, mesh, lead, way, exact=False):
     rank, size = dist.get_rank(), dist.get_world_size()
     each = mesh.phantom.size
     groups = [list(range(n, n + each)) for n in range(0, size, each)]
     shared, twice = way == "shared", way == "twice"
-    net, dense = nets(make, mesh.phantom.group, 2 if name in (*GATES, *BACK_TO_TOKENS) else 1)
+    net, dense = nets(make, mesh.phantom.group, 2 if name in (*GATES, *BACK_TO_TOKENS) else 1, exact)
     xs = [tokens_of(r // each * each if shared else r, lead).requires_grad_() for r in range(size)]
     outs, buffers, expected = expected_of(dense, xs, groups, shared, twice)
 
@@ -223,8 +240,8 @@ def check(name, make, mesh, lead, way):
             out = run(x)
     finally:
         mesh.phantom.agreement.shared_batches = False
-    *inside, last = [g.layer for g in gathered]
-    assert (set(inside), last) == ({"up"} if name in BACK_TO_TOKENS else set(), "down"), (name, gathered)
+    expected_back = {"up"} if name in (*BACK_TO_TOKENS, *OTHERS) else set()
+    assert {g.layer for g in gathered} - {"down"} == expected_back, (name, gathered)
     loss = loss_of(out, groups[rank // each][0] if shared else rank)
     (loss + penalty_of(loss, x) if twice else loss).backward()
     if way == "ddp" and average is not None:
@@ -244,9 +261,13 @@ def check(name, make, mesh, lead, way):
 
 def every_case(each):
     mesh = make_mesh(Sizes(each, dist.get_world_size() // each, BLOCKS), None)
-    for (name, make), way in itertools.product(CASES.items(), WAYS):
-        check(name, make, mesh, () if name in MATRICES else (2,), way)
-    return parted(mesh) if each == dist.get_world_size() else None
+    whole_world = each == dist.get_world_size()
+    for (name, make), way in itertools.product(CASES.items(), WAYS if whole_world else ("ddp",)):
+        if way == "ddp" or name in (*NORMS, *MATRICES) or (way == "shared" and name not in OTHERS):
+            check(name, make, mesh, () if name in MATRICES else (2,), way)
+    for name in ("layer norm", "RMS norm", "scale and shift", "batch norm", "PReLU, a number a feature"):
+        check(name, CASES[name], mesh, () if name in MATRICES else (2,), "ddp", exact=True)
+    return parted(mesh) if whole_world else None
 
 
 def parted(mesh):
