@@ -4,7 +4,8 @@
     python benchmarks/models.py --results models.jsonl --only bert llama
     python benchmarks/models.py --results models.jsonl --markdown docs/models.md
 
-Each architecture is made tiny (`tiny_models`) and tried by two processes of its own, so that none ends the others:
+Each architecture is made tiny (`tiny_models`), fed (`tiny_inputs`) and tried by processes of its own, so that none ends
+the others. Of one that does not run whole, the largest of its models that does is compared.
 
 - found: of the linears that are feed-forward by name and sizes (`ffn_linears`), how many the plan makes phantom;
 - one process: at full width, outputs and every gradient are the dense model's on the whole batch, in float64;
@@ -17,107 +18,137 @@ exit code is then 1.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 import transformers
 from ffn_linears import ffn_linears
-from tiny_models import Feed, architectures, class_of, make
+from in_float64 import InFloat64
+from tiny_inputs import Feed
+from tiny_models import ATTEMPTS, architectures, class_of, make
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lightning_phantom import PhantomConfig, phantomize_, plan_phantom
 from lightning_phantom.layers.split import sharded_parameters, split_layers
 
 BATCH, TOLERANCE = 4, 1e-8
 NARROW = PhantomConfig(2, phantom_width=1)
-LOW = torch.float32, torch.float16, torch.bfloat16
+HALVES = slice(0, BATCH // 2), slice(BATCH // 2, BATCH)
 
 
-class InFloat64(TorchFunctionMode):
-    """Norms and softmaxes that a model computes in float32, in float64 instead."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
-            return args[0].double()
-        kwargs = {
-            k: torch.float64 if v in LOW else v for k, v in (kwargs or {}).items() if isinstance(v, torch.dtype)
-        } | {k: v for k, v in (kwargs or {}).items() if not isinstance(v, torch.dtype)}
-        return func(*(torch.float64 if isinstance(a, torch.dtype) and a in LOW else a for a in args), **kwargs)
+# One architecture
 
 
-# One architecture, on one rank of two
+class Runs:
+    """A dense model that runs: its inputs, and its outputs on the whole batch and on each half."""
 
-
-def examine(name: str, rank: int, store: str) -> dict[str, Any]:
-    """What there is to say of an architecture."""
-    found: dict[str, Any] = {"name": name, "class": class_of(name)}
-    torch.set_default_dtype(torch.float64)
-    try:
-        dense = make(name)
-    except Exception as error:
-        return found | {"not_built": _words(error)}
-    wanted, plan = ffn_linears(dense), plan_phantom(dense, NARROW)
-    swapped = [layer.name for layer in plan.swapped]
-    missed = {layer.name: layer.reason for layer in plan.layers if layer.name in wanted and not layer.swapped}
-    found |= {
-        "wanted": len(wanted),
-        "found": len(set(wanted) & set(swapped)),
-        "others": len(set(swapped) - set(wanted)),
-    }
-    found["missed"] = missed
-    try:  # each forward by a copy of its own: some keep what they have computed
-        feed = Feed(copy.deepcopy(dense), BATCH)
-        halves = slice(0, BATCH // 2), slice(BATCH // 2, BATCH)
-        models = [copy.deepcopy(dense) for _ in range(4)]
-        parts = slice(0, BATCH), *halves, halves[rank]
-        whole, *apart, again = (outputs_of(model, feed(part)) for model, part in zip(models, parts, strict=True))
-        if not all(torch.isfinite(x).all() for x in whole):
+    def __init__(self, dense: nn.Module) -> None:
+        self.dense = dense
+        self.feed = Feed(copy.deepcopy(dense), BATCH)
+        self.models = [copy.deepcopy(dense) for _ in range(4)]  # a copy each: some keep what they have computed
+        parts = slice(0, BATCH), *HALVES, HALVES[1]
+        outputs = [outputs_of(model, self.feed(part)) for model, part in zip(self.models, parts, strict=True)]
+        self.whole, *self.apart, again = outputs
+        if not all(torch.isfinite(x).all() for x in self.whole):
             raise ArithmeticError("its outputs are not finite")
-        if not any(x.requires_grad for x in whole):
+        if not any(x.requires_grad for x in self.whole):
             raise ValueError("no output has a gradient")
-        if not all(map(same, again, apart[rank])):
+        if not all(map(same, again, self.apart[1])):
             raise ArithmeticError("it gives two outputs for one input")
-    except Exception as error:
-        return found | {"not_run": _words(error)}
-    # Outputs in which a sample depends on the others of its batch are compared, but have no part in the loss.
-    joined = [torch.cat(parts) if all(p.dim() for p in parts) else parts[0] for parts in zip(*apart, strict=True)]
-    alone = [n for n, (x, y) in enumerate(zip(whole, joined, strict=True)) if x.dim() and same(x, y)]
-    alone = [n for n in alone if whole[n].requires_grad]
-    found["coupled"] = not alone
-    alone = alone or [n for n, x in enumerate(whole) if x.requires_grad]
+        # Outputs in which a sample depends on the others of its batch are compared, but have no part in the loss.
+        joined = [torch.cat(p) if all(x.dim() for x in p) else p[0] for p in zip(*self.apart, strict=True)]
+        graded = [n for n, x in enumerate(self.whole) if x.requires_grad]
+        alone = [n for n in graded if self.whole[n].dim() and same(self.whole[n], joined[n])]
+        self.coupled, self.in_loss = not alone, alone or graded
 
-    if not swapped:
-        return found
+
+def examine(name: str, folder: str) -> dict[str, Any]:
+    """What there is to say of an architecture: of the first of its sizes, or the largest of its parts, that runs."""
+    torch.set_default_dtype(torch.float64)
+    found: dict[str, Any] = {"name": name, "class": class_of(name)}
+    errors: dict[str, Exception] = {}
+    built: list[nn.Module] = []
+    for attempt in ATTEMPTS:
+        try:
+            built.append(make(name, attempt))
+            found = found if len(built) > 1 else found | what_is_found(built[0])
+            if not found["found"] + found["others"]:
+                return found
+            runs = Runs(built[-1])
+        except Exception as error:
+            errors.setdefault("not_run" if built else "not_built", error)
+        else:
+            return found | compared(runs, folder)
+    for path, part in parts_of(built[0]) if built else ():
+        with contextlib.suppress(Exception):
+            return found | {"part": path} | compared(Runs(part), folder)
+    key = "not_run" if built else "not_built"
+    return found | {key: _words(errors[key])}
+
+
+def what_is_found(dense: nn.Module) -> dict[str, Any]:
+    """Which linears are feed-forward, and what the plan makes of them."""
+    wanted, plan = ffn_linears(dense), plan_phantom(dense, NARROW)
+    swapped = {layer.name for layer in plan.swapped}
+    return {
+        "wanted": len(wanted),
+        "found": len(swapped & set(wanted)),
+        "others": len(swapped - set(wanted)),
+        "missed": {layer.name: layer.reason for layer in plan.layers if layer.name in wanted and not layer.swapped},
+    }
+
+
+def parts_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The models inside a model, those with most feed-forward linears first."""
+    inside = [(n, m) for n, m in model.named_modules() if n and isinstance(m, transformers.PreTrainedModel)]
+    return sorted(((n, m) for n, m in inside if ffn_linears(m)), key=lambda each: -len(ffn_linears(each[1])))
+
+
+def compared(runs: Runs, folder: str) -> dict[str, Any]:
+    """In one process and on two ranks; the second is a process that parts from this one before any backward."""
+    swapped = [layer.name for layer in plan_phantom(runs.dense, NARROW).swapped]
     config = PhantomConfig(2, phantom_width=1.0, plan=dict.fromkeys(swapped, "phantom"))
-    loss_of(whole, alone).backward()
-    expected = gradients(models[0])
-    mine = phantomize_(copy.deepcopy(dense), config)
-    outputs = outputs_of(mine, feed(slice(0, BATCH)))
-    loss_of(outputs, alone).backward()
-    found["one"] = differences(mine, whole, outputs, expected)
+    second = os.fork()
+    if not second:
+        _leave(lambda: {"two": on_two_ranks(runs, config, 1, folder)}, f"{folder}/second")
+    loss_of(runs.whole, runs.in_loss).backward()
+    mine = phantomize_(copy.deepcopy(runs.dense), config)
+    outputs = outputs_of(mine, runs.feed(slice(0, BATCH)))
+    loss_of(outputs, runs.in_loss).backward()
+    one = differences(mine, runs.whole, outputs, gradients(runs.models[0]))
+    two = on_two_ranks(runs, config, 0, folder)
+    os.waitpid(second, 0)
+    other = json.loads(Path(f"{folder}/second").read_text())
+    found = {"coupled": runs.coupled, "one": one, "two": sorted({*two, *other.get("two", [])})}
+    return found | {k: v for k, v in other.items() if k == "crashed"}
 
-    for outputs in apart:
-        (loss_of(outputs, alone) / 2).backward()
-    expected = total_of(*map(gradients, models[1:3]))
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
-    mine = phantomize_(dense, config, dist.group.WORLD)
-    outputs = outputs_of(mine, feed(halves[rank]))
-    loss_of(outputs, alone).backward()
-    found["two"] = differences(mine, apart[rank], outputs, expected)
+
+def on_two_ranks(runs: Runs, config: PhantomConfig, rank: int, folder: str) -> list[str]:
+    """What differs where each of two ranks has half of the batch."""
+    for outputs in runs.apart:
+        (loss_of(outputs, runs.in_loss) / 2).backward()
+    expected = total_of(*map(gradients, runs.models[1:3]))
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    mine = phantomize_(runs.dense, config, dist.group.WORLD)
+    outputs = outputs_of(mine, runs.feed(HALVES[rank]))
+    loss_of(outputs, runs.in_loss).backward()
+    wrong = differences(mine, runs.apart[rank], outputs, expected)
     dist.barrier()
-    return found
+    return wrong
 
 
 def outputs_of(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
@@ -220,7 +251,8 @@ def _turned(layer: Any) -> bool:
 
 
 def _words(error: BaseException) -> str:
-    where = traceback.extract_tb(error.__traceback__)[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    where = next(f for f in reversed(frames) if Path(f.filename).name != "in_float64.py")
     said = " ".join(f"{type(error).__name__}: {error}".split())[:160]
     return f"{said} ({Path(where.filename).name}:{where.lineno})"
 
@@ -228,43 +260,46 @@ def _words(error: BaseException) -> str:
 # All of them
 
 
-def tried(name: str, limit_s: int) -> dict[str, Any]:
-    """Examine an architecture in two processes, and give them up after a while."""
-    with tempfile.TemporaryDirectory() as folder:
-        pids = [_forked(name, rank, folder, limit_s) for rank in range(2)]
-        deadline, left = time.monotonic() + limit_s, set(pids)
-        while left and time.monotonic() < deadline:
-            left -= {pid for pid in left if os.waitpid(pid, os.WNOHANG)[0]}
-            time.sleep(0.01)
-        for pid in left:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        results = [json.loads(p.read_text()) for rank in range(2) if (p := Path(folder, f"rank{rank}")).exists()]
-    if len(results) < 2:
-        what = f"not within {limit_s} s" if left else "its process died"
-        return {"name": name, "class": class_of(name), **(results[0] if results else {}), "crashed": what}
-    for each in ("one", "two"):
-        if each in results[0]:
-            results[0][each] = sorted({*results[0][each], *results[1].get(each, ["the other rank"])})
-    for each in ("crashed", "not_run"):
-        if each in results[1]:
-            results[0].setdefault(each, results[1][each])
-    return results[0]
+class Trial:
+    """An architecture that is being examined in a process of its own, until that has worked for too long."""
+
+    def __init__(self, name: str, limit_s: int) -> None:
+        self.name, self.limit_s, self.start = name, limit_s, time.monotonic()
+        self.folder = tempfile.TemporaryDirectory()
+        self.pid = os.fork()
+        if not self.pid:
+            os.setpgid(0, 0)
+            resource.setrlimit(resource.RLIMIT_CPU, (limit_s, limit_s + 1))
+            _leave(lambda: examine(name, self.folder.name), f"{self.folder.name}/found")
+
+    def result(self) -> dict[str, Any] | None:
+        """What came out, once the process has ended or has been given up."""
+        took, late = time.monotonic() - self.start, False
+        ended, status = os.waitpid(self.pid, os.WNOHANG)
+        if not ended and took < 10 * self.limit_s:
+            return None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)  # its second rank too
+        if not ended:
+            _, status = os.waitpid(self.pid, 0)
+        file = Path(self.folder.name, "found")
+        late = not file.exists() and os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
+        died = f"not within {self.limit_s} s of work" if late else f"its process died ({status})"
+        found = json.loads(file.read_text()) if file.exists() else {"crashed": died}
+        self.folder.cleanup()
+        return {"name": self.name, "class": class_of(self.name), **found, "s": round(took, 1)}
 
 
-def _forked(name: str, rank: int, folder: str, limit_s: int) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
+def _leave(work: Callable[[], dict[str, Any]], path: str) -> NoReturn:
+    """Do the work of a process that was parted off, write what it found, and end."""
     try:
-        signal.alarm(limit_s + 5)
         sys.stdout = sys.stderr = open(os.devnull, "w")
         try:
-            found = examine(name, rank, f"{folder}/store")
+            found = work()
         except BaseException as error:
-            found = {"name": name, "class": class_of(name), "crashed": _words(error)}
-        Path(folder, f"rank{rank}.tmp").write_text(json.dumps(found))
-        os.rename(f"{folder}/rank{rank}.tmp", f"{folder}/rank{rank}")
+            found = {"crashed": _words(error)}
+        Path(f"{path}.tmp").write_text(json.dumps(found))
+        os.rename(f"{path}.tmp", path)
     finally:
         os._exit(0)
 
@@ -280,7 +315,9 @@ def verdict(found: dict[str, Any]) -> str:
         for key, where in (("one", "one process"), ("two", "two ranks"))
         if found[key]
     ]
-    return f"WRONG on {'; '.join(wrong)}" if wrong else "equal"
+    of = " in a part" if "part" in found else ""
+    said = f"WRONG{of} on {'; '.join(wrong)}" if wrong else f"equal{of}"
+    return f"{said}: its `{found['part']}`" if of else said
 
 
 def line_of(found: dict[str, Any]) -> str:
@@ -308,7 +345,8 @@ def table(results: list[dict[str, Any]]) -> str:
         "a model of, tiny and from its default config. *Found* are the linears that the plan makes phantom, of those",
         "that are feed-forward by name and sizes, as the benchmark judges by itself. *Equal*: at full width outputs",
         "and every gradient are the dense model's in float64, in one process with the whole batch and on two ranks",
-        "with a half each. What was not built or not run says why: most needs other sizes or inputs than here.",
+        "with a half each; *in a part*: the whole does not run here, but this model inside does. What was not built or",
+        "not run says why: a package that is not installed, or other sizes or inputs than here.",
         "",
         score(results) + ".",
         "",
@@ -335,7 +373,8 @@ def main() -> None:
         "--results", type=Path, required=True, help="one JSON line an architecture; what is there is not run again"
     )
     parser.add_argument("--only", nargs="*", help="model types (default: all)")
-    parser.add_argument("--limit-s", type=int, default=120, help="seconds for one (default: 120)")
+    parser.add_argument("--limit-s", type=int, default=60, help="seconds of work for one (default: 60)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how many at a time (default: one a core)")
     parser.add_argument("--markdown", type=Path, help="write the table there, of what the results hold")
     args = parser.parse_args()
     done = (
@@ -346,12 +385,18 @@ def main() -> None:
         torch.set_num_threads(1)
         for common in ("llama", "t5", "vit", "wav2vec2"):  # what most import is there before the processes part
             make(common)
-        for n, name in enumerate(names):
-            if name not in done:
-                done[name] = tried(name, args.limit_s)
-                with args.results.open("a") as file:
-                    print(json.dumps(done[name]), file=file)
-            print(f"{n + 1:3}/{len(names)} {line_of(done[name])}", flush=True)
+        waiting, trials = [name for name in names if name not in done], []
+        while waiting or trials:
+            while waiting and len(trials) < args.jobs:
+                trials.append(Trial(waiting.pop(0), args.limit_s))
+            time.sleep(0.01)
+            for trial in list(trials):
+                if found := trial.result():
+                    trials.remove(trial)
+                    done[trial.name] = found
+                    with args.results.open("a") as file:
+                        print(json.dumps(found), file=file)
+                    print(f"{len(names) - len(waiting) - len(trials):3}/{len(names)} {line_of(found)}", flush=True)
     results = [done[name] for name in names if name in done]
     print(score(results))
     if args.markdown:

@@ -1,7 +1,8 @@
 """Which linears have their weight or bias read by a module above them, past their forward.
 
-A layer that is split has other weights than the linear whose place it takes; who computes with them would get others,
-too. Forwards are read, not run.
+A layer that is split has other weights than the linear whose place it takes; who computes with them, or changes them
+(RWKV divides its deeper layers' by powers of two for inference), would get others, too. Forwards are read, not run, and
+the methods that they call.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from types import SimpleNamespace
 
 from torch import nn
 
-_WEIGHT = re.compile(r"self\.(\w+(?:\.\w+)*)\.(?:weight|bias)")
+_WEIGHT = re.compile(r"(\w+)\.(\w+(?:\.\w+)*)\.(?:weight|bias)")
+_CALLED = re.compile(r"\bself\.(\w+)\(")
 # What may be asked of a weight: a layer that is split gives the same answer.
 _QUESTIONS = ("dtype", "device", "requires_grad", "is_meta", "is_floating_point")
 
@@ -27,11 +30,9 @@ def read_by_parents(root: nn.Module) -> dict[nn.Module, str]:
     for name, owner in root.named_modules():
         if isinstance(owner, nn.MultiheadAttention):  # hands them to a fused kernel
             found.update(dict.fromkeys(owner.children(), f"{type(owner).__name__} {name!r} itself"))
-        forward = _forward_of(type(owner))  # type: ignore[arg-type]
-        if forward is None:
-            continue
         reads = _Reads(owner)
-        reads.visit(forward)
+        for body in _bodies_of(type(owner)):
+            reads.visit(body)
         for path in reads.found:
             try:
                 found[owner.get_submodule(path)] = f"the forward of {name or 'the root module'!r} itself"
@@ -41,16 +42,20 @@ def read_by_parents(root: nn.Module) -> dict[nn.Module, str]:
 
 
 @cache
-def _forward_of(cls: type[nn.Module]) -> ast.AST | None:
-    """The forward of a class, where it names a weight of another module."""
-    forward = cls.forward
-    if getattr(forward, "__module__", "").startswith("torch.nn"):  # see `plan.transformer` for those that do
-        return None
-    try:
-        source = textwrap.dedent(inspect.getsource(forward))
-        return ast.parse(source) if _WEIGHT.search(source) else None
-    except (OSError, TypeError, SyntaxError):
-        return None
+def _bodies_of(cls: type[nn.Module]) -> list[ast.AST]:
+    """The forward of a class and the methods that it calls, those that name a weight of another module."""
+    bodies, names = [], ["forward"]
+    for name in names:
+        method = getattr(cls, name, None)
+        if getattr(method, "__module__", "torch.nn").startswith("torch."):  # see `plan.transformer` for what those read
+            continue
+        try:
+            source = textwrap.dedent(inspect.getsource(method))  # type: ignore[arg-type]
+            bodies += [ast.parse(source)] if _WEIGHT.search(source) else []
+        except (OSError, TypeError, SyntaxError):
+            continue
+        names += [called for called in dict.fromkeys(_CALLED.findall(source)) if called not in names]
+    return bodies
 
 
 class _Reads(ast.NodeVisitor):
@@ -59,6 +64,16 @@ class _Reads(ast.NodeVisitor):
     def __init__(self, owner: nn.Module) -> None:
         self.found: set[str] = set()
         self._owner = owner
+        self._lists = {"self": [""]}  # the paths of the modules that a name stands for, each with a dot behind it
+
+    def visit_For(self, node: ast.For) -> None:
+        looped = re.fullmatch(r"(?:enumerate\()?self\.([\w.]+)\)?", ast.unparse(node.iter))
+        named = node.target.elts[-1] if isinstance(node.target, ast.Tuple) else node.target
+        if looped and isinstance(named, ast.Name):
+            with suppress(AttributeError):
+                inside = self._owner.get_submodule(looped[1]).named_children()
+                self._lists[named.id] = [f"{looped[1]}.{name}." for name, _ in inside]
+        self.generic_visit(node)
 
     def visit_If(self, node: ast.If | ast.IfExp) -> None:
         decided = _decided(node.test, self._owner)
@@ -81,8 +96,8 @@ class _Reads(ast.NodeVisitor):
     def visit_Attribute(self, node: ast.Attribute) -> None:
         if node.attr in _QUESTIONS and _WEIGHT.fullmatch(ast.unparse(node.value)):
             return
-        if read := _WEIGHT.fullmatch(ast.unparse(node)):
-            self.found.add(read[1])
+        if (read := _WEIGHT.fullmatch(ast.unparse(node))) and read[1] in self._lists:
+            self.found.update(path + read[2] for path in self._lists[read[1]])
         else:
             self.generic_visit(node)
 

@@ -51,6 +51,24 @@ class ReadsWeight(Block):
         return F.linear(self.fc2(torch.relu(self.fc1(x))), self.fc1.weight)
 
 
+class Rescales(nn.Module):
+    """Changes weights of the modules of a list, in a method that its forward calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x):
+        if not self.training:
+            self.rescale()
+        return self.blocks[1](self.blocks[0](x))
+
+    def rescale(self):
+        with torch.no_grad():
+            for number, block in enumerate(self.blocks):
+                block.fc2.weight.div_(2**number)
+
+
 class ReadsBias(nn.Module):
     def __init__(self):
         super().__init__()
@@ -123,6 +141,7 @@ UNFIT = {
     "lazy": (lambda: first(nn.LazyLinear(32)), "0", "its size is not known yet"),
     "read": (ReadsWeight, "fc1", "its weight is read by the forward of 'the root module' itself"),
     "read in a mode": (ReadsBias, "block.fc2", "read by the forward of 'the root module' itself"),
+    "changed by a method": (Rescales, "blocks.1.fc2", "read by the forward of 'the root module' itself"),
     "shape": (ReadsShape, "fc1", "read by the forward of 'the root module' itself"),
     "fused": (Attends, "mixer.out_proj", "read by MultiheadAttention 'mixer' itself"),
     "hook": (lambda: changed(lambda m: m.register_forward_hook(lambda *_: None)), "0", "it has hooks"),
