@@ -115,17 +115,17 @@ def calibrated(
         moments: of the calibration inputs.
     """
     p, metric = blocks.num_blocks, moments.metric(centred=bias is not None)
-    target, factors = weight.double(), Factors(*(f.double() for f in start))
+    target, factors = weight.double(), Factors(*(f.double() for f in start[:3]))
     for _ in range(ROUNDS):
         factors = refit(target, improve_columns(target, factors, metric, blocks), metric, blocks)
     pairs = [
-        settle(c, d, j, blocks, ROUNDING * float(target.norm()))
+        settle(c, d, blocks.generator(j), blocks, ROUNDING * float(target.norm()))
         for j, (c, d) in enumerate(zip(factors.compressor.chunk(p), _by_sender(factors, p), strict=True))
     ]
     factors = _factors(factors.weight, pairs, blocks)
     if bias is not None:
         bias = (bias + (target - to_dense(factors, p)) @ moments.mean).to(bias.dtype)
-    return Factors(*(f.to(weight.dtype) for f in factors)), bias
+    return Factors(*(f.to(weight.dtype) for f in factors[:3])), bias
 
 
 def refit(weight: Tensor, factors: Factors, metric: Tensor, blocks: Blocks) -> Factors:

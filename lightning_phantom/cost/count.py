@@ -85,10 +85,29 @@ class CostEstimate:
     tensor_parallel_layerwise: Cost
 
 
-def phantom_weights(in_features: int, out_features: int, num_blocks: int, phantom_width: int, bias: bool) -> int:
-    """Parameters of a phantom layer, all ranks together: in*out/p + k*in + (p-1)*k*out, and out for the bias."""
-    p, k = num_blocks, phantom_width
-    return in_features * out_features // p + k * in_features + (p - 1) * k * out_features + bias * out_features
+def phantom_weights(
+    in_features: int,
+    out_features: int,
+    num_blocks: int,
+    phantom_width: int,
+    bias: bool,
+    mixing: str = "pairwise",
+    in_before: int = 0,
+    width_before: int = 0,
+) -> int:
+    """Parameters of a phantom layer, all ranks together: in*out/p + k*in + (p-1)*k*out, and out for the bias.
+
+    In private mixing it is (p-1)*k*in. Where the latents are made of the input of the layer before, `in_before` is that
+    one's width; where that layer's latents are read, too, `width_before` is their k.
+    """
+    p, made = num_blocks, latents_made(num_blocks, phantom_width, mixing)
+    read = (p - 1) * (phantom_width + width_before)
+    return in_features * out_features // p + made * (in_before or in_features) + (read + bias) * out_features
+
+
+def latents_made(num_blocks: int, phantom_width: int, mixing: str) -> int:
+    """The latents that a block makes: k for all others, or k for each of them."""
+    return (num_blocks - 1) * phantom_width if mixing == "private" else phantom_width
 
 
 def estimate_cost(

@@ -40,6 +40,7 @@ class SplitLinear(nn.Linear):
         kind: what users call such layers.
         method: the name of the strategy that makes them.
         keeps_factors: whether checkpoints need more than the dense weight to restore one.
+        has_dense_weight: whether a dense linear computes the same from the same input.
         split_dims: the dimension along which each parameter is split; those left out are whole on every rank.
         name: full name of the layer in the module that it was put into.
         siblings: the layers that read the same input and so share its exchange, itself among them.
@@ -49,6 +50,12 @@ class SplitLinear(nn.Linear):
     kind: ClassVar[str]
     method: ClassVar[str]
     keeps_factors: ClassVar[bool] = False
+
+    @property
+    def has_dense_weight(self) -> bool:
+        """See the class."""
+        return True
+
     split_dims: Mapping[str, int]
 
     def __init__(
@@ -129,6 +136,11 @@ class SplitLinear(nn.Linear):
         split = self.split_of(name)
         return whole if split is None else split.take(whole)
 
+    def global_size(self) -> int:
+        """The number of its weights, all ranks together."""
+        splits = ((p, self.split_of(name)) for name, p in self.named_parameters(recurse=False))
+        return sum(p.numel() if split is None else math.prod(split.whole_shape(p)) for p, split in splits)
+
     @torch.no_grad()
     def global_tensor(self, name: str) -> Tensor:
         """Return the parameter `name` of all ranks together; collective when R > 1."""
@@ -156,7 +168,7 @@ class SplitLinear(nn.Linear):
                 f"in_features={self.in_features}."
             )
         if self.ranks.size == 1:
-            x, factors = _cast(input, self.factors())
+            x, factors = cast(input, self.factors())
             rows = math.prod(input.shape[:-1])  # `numel` would fix a batch of any size to that of a trace
             return self.alone(x.reshape(rows, input.shape[-1]), factors).reshape(*input.shape[:-1], self.out_features)
         # Collectives do not compile; what one process holds does.
@@ -173,7 +185,7 @@ class SplitLinear(nn.Linear):
         if z is None or versions != self._versions():
             layers = () if last.outputs else tuple(layer for layer in self.siblings if layer is not self)
             layers = (self, *layers)
-            x, factors = _cast(last.x, [t for layer in layers for t in layer.factors()])
+            x, factors = cast(last.x, [t for layer in layers for t in layer.factors()])
             z, *others = self.among(layers, x, last.rows, last.inside, factors)
             for layer, output in zip(layers[1:], others, strict=True):
                 last.outputs[layer] = output, layer._versions()
@@ -190,7 +202,7 @@ class SplitLinear(nn.Linear):
         else:
             plain = input.whole(self.name) if isinstance(input, ShardedActivation) else input
             n = plain.shape[:-1].numel()
-            x = _cast(plain, ())[0].reshape(n, self.in_features)
+            x = cast(plain, ())[0].reshape(n, self.in_features)
             rows = self.ranks.agreement.enter(self.name, n, f"{x.shape[1]} {x.dtype}")
             if self.enters:
                 x = to_features(x, self.ranks, rows, f"entry of {self.name!r}")
@@ -296,7 +308,7 @@ def _mode(x: Tensor) -> tuple[object, ...]:
     return torch.is_grad_enabled(), x.requires_grad, autocast, torch._C._current_graph_task_id()
 
 
-def _cast(x: Tensor, factors: Sequence[Any]) -> tuple[Tensor, list[Any]]:
+def cast(x: Tensor, factors: Sequence[Any]) -> tuple[Tensor, list[Any]]:
     """Bring x and the factors to autocast's type, where it is on."""
     if not torch.is_autocast_enabled(x.device.type):
         return x, list(factors)

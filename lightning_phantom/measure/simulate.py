@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from torch import Tensor
 from lightning_phantom.cost.layer import Layer, as_layers, is_row
 from lightning_phantom.distributed.agreement import Agreement, Rows
 from lightning_phantom.distributed.comm import record_traffic
-from lightning_phantom.distributed.ranks import Ranks, Waiting
+from lightning_phantom.distributed.ranks import Arriving, Ranks, Waiting
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers.activation import Place, ShardedActivation
 from lightning_phantom.layers.phantom import PhantomLinear
@@ -85,7 +85,7 @@ class FilledRanks(Ranks):
         assert self._alike is not None
         return self._alike
 
-    def all_gather(self, shard: Tensor, rows: Rows | None, what: str) -> Waiting:
+    def all_gather(self, shard: Tensor, rows: Rows | None, what: str) -> Arriving:
         """As if every rank had given what this one gives."""
         return self._filled(shard, super().all_gather, shard, rows, what)
 
@@ -95,11 +95,11 @@ class FilledRanks(Ranks):
 
     def _all_to_all(
         self, sent: Tensor, rows_in: tuple[int, ...], rows_out: tuple[int, ...], kind: str, what: str, rows: Rows | None
-    ) -> Waiting:
+    ) -> Arriving:
         """As if the others had given what this rank gives them."""
         return self._filled(sent, super()._all_to_all, sent, rows_in, rows_out, kind, what, rows)
 
-    def _filled(self, values: Tensor, collective: Callable[..., Waiting], *arguments: Any) -> Waiting:
+    def _filled(self, values: Tensor, collective: Callable[..., W], *arguments: Any) -> W:
         # Some releases of torch's fake group write the output themselves, others leave it as it was allocated.
         start = time.perf_counter()
         wait = collective(*arguments)

@@ -31,6 +31,8 @@ class PlannedLayer:
         weights_before: parameters of the dense layer.
         weights_after: parameters after the swap, all ranks together.
         warning: what a user should know, in words; empty if nothing.
+        latents: which it reads: `"own"`, `"both"` or `"previous"`.
+        predecessor: the layer before it, of which it reads them; empty where they are its own.
     """
 
     name: str
@@ -44,6 +46,8 @@ class PlannedLayer:
     weights_before: int
     weights_after: int
     warning: str = ""
+    latents: str = "own"
+    predecessor: str = ""
 
     @property
     def swapped(self) -> bool:

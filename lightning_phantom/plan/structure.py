@@ -8,7 +8,7 @@ trace of a module's forward, torch's transformer layers, and how linears are reg
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ class Group(NamedTuple):
         enters: whether the value is whole tokens: it comes from outside the FFN, or out of a norm in it.
         leaves: whether something outside reads what they write.
         exits: whether what they write goes back to whole tokens: it leaves, or a norm in the FFN reads it.
+        after: the linear of the FFN that comes right before them, joined to them by elementwise operations alone; None
+            where there is none, or more than one, or where one of them is called more than once.
     """
 
     names: tuple[str, ...]
@@ -34,6 +36,7 @@ class Group(NamedTuple):
     enters: bool
     leaves: bool
     exits: bool
+    after: str | None = None
 
 
 class FFN(NamedTuple):
@@ -184,7 +187,13 @@ def _traced(root: nn.Module, left: Mapping[str, Any]) -> Iterator[FFN]:
         if key not in known:
             known[key] = flows_of(module, linears) or []
         for groups in _connected(known[key], {name[start:] for name in inside if name in left}):
-            whole = (group._replace(names=tuple(join(owner, name) for name in group.names)) for group in groups)
+            whole = (
+                group._replace(
+                    names=tuple(join(owner, name) for name in group.names),
+                    after=group.after and join(owner, group.after),
+                )
+                for group in groups
+            )
             yield FFN(tuple(whole), "a trace connects its linears")
         for name, child in module.named_children():
             below = join(owner, name)
@@ -199,6 +208,7 @@ def _connected(flows: list[Flow], wanted: set[str]) -> Iterator[tuple[Group, ...
     calls: dict[str, Flow] = {}
     for flow in flows:
         calls.setdefault(flow.name, flow)
+    called = Counter(flow.name for flow in flows)
     flows = list(calls.values())  # the first of each linear
     for flow in (f for f in flows if f.name in wanted):
         linked = {flow.name, *flow.sources} & wanted
@@ -223,9 +233,20 @@ def _connected(flows: list[Flow], wanted: set[str]) -> Iterator[tuple[Group, ...
                         enters=group[0].normed or not set(group[0].sources) & part,
                         leaves=leaves,
                         exits=any(flow.exits or flow.name in read_outside for flow in group),
+                        after=_right_before(group, part, depth, called),
                     )
                 )
             yield tuple(joined)
+
+
+def _right_before(
+    group: list[Flow], part: set[str], depth: Mapping[str, int], called: Mapping[str, int]
+) -> str | None:
+    """The one linear of a part that comes last before a group in it, if there is one, and each is called once."""
+    sources = [source for source in group[0].sources if source in part]
+    last = [source for source in sources if depth[source] == depth[group[0].name] - 1]
+    once = all(called[name] == 1 for name in (*last, *(flow.name for flow in group)))
+    return last[0] if len(last) == 1 and once and not group[0].normed else None
 
 
 # Torch's transformer layers: no trace goes through an encoder's

@@ -79,7 +79,7 @@ def test_a_column_is_the_best_of_its_width_given_the_others():
     better = improve_columns(weight, factors, metric, blocks)
     assert loss(better) < loss(factors)
     # The last column was improved last, so it is at its optimum: its gradient vanishes there, others' need not.
-    leaves = Factors(*(f.clone().requires_grad_() for f in better))
+    leaves = Factors(*(f.clone().requires_grad_() for f in better[:3]))
     loss(leaves).backward()
     assert leaves.compressor.grad[-2:].abs().max() < 1e-8 * leaves.compressor.grad.abs().max()
     assert leaves.decompressor.grad[:-4, -2:].abs().max() < 1e-8 * leaves.weight.grad.abs().max()
@@ -89,7 +89,7 @@ def test_a_column_is_the_best_of_its_width_given_the_others():
         other = Factors(better.weight, better.compressor.clone(), better.decompressor.clone())
         other.compressor[-2:] = torch.randn(2, 6)
         other.decompressor[:-4, -2:] = 0
-        leaf = Factors(*(f.clone().requires_grad_() for f in other))
+        leaf = Factors(*(f.clone().requires_grad_() for f in other[:3]))
         free = torch.optim.LBFGS([leaf.compressor, leaf.decompressor], max_iter=200, line_search_fn="strong_wolfe")
 
         def step(leaf=leaf, free=free):

@@ -97,7 +97,7 @@ def test_a_zero_linear_is_the_same_function_and_its_factors_move_in_one_step():
 def test_random_has_the_variances_of_the_design():
     p, k, n = 4, 16, 512
     factors = random_factors(Blocks(n, n, p, k, 0, "layer"), ALONE, torch.float64)
-    for got, expected in zip(factors, (1 / (3 * n), p / n, 1 / (3 * p * k)), strict=True):
+    for got, expected in zip(factors[:3], (1 / (3 * n), p / n, 1 / (3 * p * k)), strict=True):
         assert abs(got.var().item() / expected - 1) < 0.05
     layer = PhantomLinear(n, n, p, k, bias=False)
     assert abs(layer(torch.randn(512, n)).var().item() * 3 - 1) < 0.05  # nn.Linear's output variance, 1/3
