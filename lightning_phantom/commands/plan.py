@@ -76,7 +76,7 @@ def main(args: Sequence[str]) -> None:
         ranks = options.simulate_ranks
         blocks, tokens = options.num_blocks or ranks, -(-options.tokens // ranks) * ranks
         wide = replace(setting, tokens=tokens, rest=NOTHING).scale(blocks, ranks)
-        shares = [replace(layer, phantom_width=setting.width(layer, blocks)) for layer in layers]
+        shares = [setting.at(layer, blocks) for layer in layers]
         measured = simulate(shares, blocks, ranks, tokens, options.dtype)
         show(simulation_table(wide, measured))
         result["simulation"] = wide.as_dict() | {"measured": {m: asdict(one) for m, one in measured.items()}}

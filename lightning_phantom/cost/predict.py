@@ -3,7 +3,7 @@
 A product takes `flops / flops_per_s + bytes / memory_bytes_per_s` and a fixed time to start, where bytes counts its
 operands and its result once; a copy takes the same without FLOPs. A collective takes `sent_bytes / link_bytes_per_s +
 latency_s`, and only what exceeds the work beside it is waited for: beside a phantom layer's latents that is the
-products with its diagonal blocks, beside what an exact layer gathers its own share's, beside gradients that are
+products with its diagonal blocks (and, where they are made of the previous layer's input, those of that layer, too), beside what an exact layer gathers its own share's, beside gradients that are
 averaged the whole backward, beside weights that FSDP gathers the products of their own layer (it gathers the next
 layer's meanwhile). Nothing runs beside what enters, leaves, or is summed by a row-parallel layer.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lightning_phantom.config import resolve_phantom_width
 from lightning_phantom.cost.count import (
     Collective,
     Cost,
@@ -23,7 +22,7 @@ from lightning_phantom.cost.count import (
     phantom_collectives,
 )
 from lightning_phantom.cost.data_parallel import NOTHING, Rest, ddp_cost
-from lightning_phantom.cost.layer import Layer, as_layers, is_row
+from lightning_phantom.cost.layer import Layer, as_layers, is_row, latents_of
 
 METHODS = ("ddp", "fsdp", "tensor_parallel", "tensor_parallel_layerwise", "phantom")
 OTHERS = METHODS[:-1]  # which train the dense model
@@ -143,13 +142,11 @@ def predict(
     averaged["ddp"] = ddp_cost((*layers, *rest.layers), num_ranks, tokens, dtype, rest.weights)
     averaged["fsdp"] = Cost()  # layer by layer
     for layer in as_layers(layers):
-        width = phantom_width if layer.phantom_width is None else layer.phantom_width
-        k = resolve_phantom_width(width, layer.in_features, layer.out_features, num_blocks)
         stages["ddp"] += exact_stages(layer, False, alone)
         stages["fsdp"] += fsdp_stages(layer, alone, num_ranks)
         stages["tensor_parallel"] += exact_stages(layer, is_row(layer), group)
         stages["tensor_parallel_layerwise"] += exact_stages(layer, False, group)
-        stages["phantom"] += phantom_stages(layer, num_blocks, k, group)
+        stages["phantom"] += phantom_stages(layer.with_width(phantom_width, num_blocks), num_blocks, group)
     for method, own in stages.items():
         for layer in rest.layers:
             own += fsdp_stages(layer, alone, num_ranks) if method == "fsdp" else exact_stages(layer, False, alone)
@@ -215,24 +212,33 @@ def _weights_alone(weights: int, num_ranks: int, element_bytes: int) -> Stage:
     return Stage(sent_bytes=3 * ((num_ranks - 1) * weights * element_bytes // num_ranks), calls=calls)
 
 
-def phantom_stages(layer: Layer, num_blocks: int, k: int, group: Group) -> list[Stage]:
-    """Forward and backward of a phantom layer, in the words of `layers.phantom`."""
+def phantom_stages(layer: Layer, num_blocks: int, group: Group) -> list[Stage]:
+    """Forward and backward of a phantom layer, whose width is resolved, in the words of `layers.operator`."""
     p, q, tokens = num_blocks, num_blocks // group.num_ranks, group.tokens
-    m_in, m_out, others = layer.in_features // p, layer.out_features // p, (p - 1) * k
+    m_in, m_out, latents = layer.in_features // p, layer.out_features // p, latents_of(layer, num_blocks)
+    m_of, made = latents.in_features // p, latents.made
     local = product(q, tokens, m_in, m_out)  # L x
-    forward = product(q, tokens, m_in, k) + local + product(q, tokens, others, m_out)
-    forward += copy(tokens * p * k) + copy(q * tokens * others) + copy(tokens * q * m_out)
-    latents = product(q, tokens, m_out, others) + copy(q * tokens * others) + copy(tokens * p * k)  # h
-    factors = product(q, m_out, tokens, m_in) + product(q, m_out, tokens, others)  # dL and dD
+    forward = product(q, tokens, m_of, made) + local
+    forward += copy(tokens * p * made) + copy(tokens * q * m_out)
+    backward = product(q, made, tokens, m_of) + copy(tokens * q * m_out)  # dC and db
+    if latents.needs_grad:
+        backward += product(q, tokens, made, m_of)  # C^T h
+    factors = product(q, m_out, tokens, m_in)  # dL
     if layer.needs_input_grad:
         factors += product(q, tokens, m_out, m_in)  # L^T d
-    rest = product(q, k, tokens, m_in) + copy(tokens * q * m_out)  # dC and db
-    if layer.needs_input_grad:
-        rest += product(q, tokens, k, m_in)  # C^T h
-    stages = [Stage(forward), Stage(latents + factors + rest, backward=True)]
-    for sent in phantom_collectives(layer, group, p, k):
+    for others in ((p - 1) * width for width in (latents.width, latents.before) if width):
+        forward += product(q, tokens, others, m_out) + copy(q * tokens * others)
+        backward += product(q, tokens, m_out, others) + copy(q * tokens * others) + copy(tokens * p * made)  # h
+        factors += product(q, m_out, tokens, others)  # dD
+    stages = [Stage(forward), Stage(backward + factors, backward=True)]
+    beside = {False: local, True: factors}
+    if layer.latents == "previous" and layer.predecessor is not None:
+        theirs = layer.predecessor.in_features // p, layer.predecessor.out_features // p
+        beside[False] = Work() if latents.with_others else local + product(q, tokens, *theirs)
+        beside[True] += product(q, theirs[1], tokens, theirs[0])
+    for sent in phantom_collectives(layer, group, p):
         if sent.of == "latents":
-            stages.append(_stage(sent, Work(), factors if sent.backward else local))
+            stages.append(_stage(sent, Work(), beside[sent.backward]))
         else:
             width = layer.in_features if sent.of == "input" else layer.out_features
             stages.append(_stage(sent, copy(tokens * width // group.num_ranks), Work()))

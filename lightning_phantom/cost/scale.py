@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lightning_phantom.config import resolve_phantom_width
 from lightning_phantom.cost.count import Cost, estimate_cost
 from lightning_phantom.cost.data_parallel import NOTHING, Rest, ddp_cost, fsdp_cost
 from lightning_phantom.cost.layer import Layer
@@ -99,7 +98,7 @@ class Setting:
         Raises:
             PhantomError: the sizes do not fit each other.
         """
-        layers = [replace(layer, phantom_width=self.width(layer, num_blocks)) for layer in self.layers]
+        layers = [self.at(layer, num_blocks) for layer in self.layers]
         arguments = (num_blocks, self.phantom_width, num_ranks, self.tokens)
         estimate = estimate_cost(layers, *arguments, self.dtype)
         rest = self.rest.cost(num_ranks, self.tokens, self.dtype)
@@ -110,11 +109,11 @@ class Setting:
         times = predict(layers, *arguments, self.machine, self.dtype, self.rest)
         return Scale(num_blocks, widths, num_ranks, self.tokens, self.dtype, costs, times)
 
-    def width(self, layer: Layer, num_blocks: int) -> int:
-        """A layer's k at this p."""
+    def at(self, layer: Layer, num_blocks: int) -> Layer:
+        """A layer with its k at this p."""
+        resolved = layer.without_width().with_width(self.phantom_width, num_blocks)
         # Where a block is no feature wide there is no k; the cost model refuses such sizes with its own words.
-        sizes = (layer.in_features, layer.out_features)
-        return max(1, resolve_phantom_width(self.phantom_width, *sizes, num_blocks))
+        return resolved if resolved.phantom_width else replace(resolved, phantom_width=1)
 
     def sweep(self, num_ranks: int | None = None) -> list[Scale]:
         """`scale` at every p that is a power of two or divides the widest layer, up to where phantom stops paying.

@@ -1,5 +1,6 @@
 """The predicted step: its operations are the cost model's, and the plan command shows what it says."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from lightning_phantom.commands.cli import main
 from lightning_phantom.commands.compare import options as compare
 from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.commands.terminal import LABELS
+from lightning_phantom.config import LATENTS, MIXINGS
 from lightning_phantom.cost.count import ELEMENT_BYTES, Group, estimate_cost
 from lightning_phantom.cost.data_parallel import Rest, estimate_data_parallel
 from lightning_phantom.cost.layer import Layer, as_layers, is_row
@@ -51,7 +53,7 @@ model:
 def test_stages_hold_the_work_and_the_bytes_of_the_cost_model(p, ranks):
     group, k, tokens, layers = Group(ranks, 96, 4), 2, 96, as_layers(CHAIN)
     stages = {
-        "phantom": [s for layer in layers for s in phantom_stages(layer, p, k, group)],
+        "phantom": [s for layer in layers for s in phantom_stages(layer.with_width(k, p), p, group)],
         "tensor_parallel": [s for layer in layers for s in exact_stages(layer, is_row(layer), group)],
         "tensor_parallel_layerwise": [s for layer in layers for s in exact_stages(layer, False, group)],
     }
@@ -62,6 +64,14 @@ def test_stages_hold_the_work_and_the_bytes_of_the_cost_model(p, ranks):
         assert sum(s.work.flops for s in those) == cost.flops
         assert sum(s.calls for s in those) == cost.calls
         assert sum(s.sent_bytes for s in those) == cost.sent_bytes
+    for mixing, latents in itertools.product(MIXINGS, LATENTS):
+        pairs = [(64, 64)] * 3
+        cost = estimate_cost(pairs, p, k, ranks, tokens, mixing=mixing, latents=latents).phantom
+        layers = as_layers(pairs, mixing=mixing, latents=latents)
+        those = [s for layer in layers for s in phantom_stages(layer.with_width(k, p), p, group)]
+        assert sum(s.work.flops for s in those if s.backward) == cost.flops_backward
+        assert sum(s.work.flops for s in those) == cost.flops
+        assert (sum(s.calls for s in those), sum(s.sent_bytes for s in those)) == (cost.calls, cost.sent_bytes)
 
 
 def test_a_collective_is_waited_for_only_beyond_the_work_beside_it():

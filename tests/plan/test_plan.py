@@ -63,7 +63,7 @@ def test_what_is_named_forms_the_networks_that_it_does_without_a_plan():
     assert plan_of(module, plan={"*": "phantom"}).ffns == plan_of(module).ffns
     (ffn,) = plan_of(module, plan={"0": "phantom"}).ffns
     (group,) = ffn.groups
-    assert group == (("0",), 0, True, True, True)
+    assert group == (("0",), 0, True, True, True, None)
 
 
 def test_a_lone_linear_is_swapped_only_when_named():
