@@ -17,7 +17,7 @@ from lightning_phantom.errors import PhantomError, PlanError
 from lightning_phantom.layers.dense import features, make_linear, oriented
 from lightning_phantom.layers.factors import block_diagonal
 from lightning_phantom.layers.phantom import PhantomLinear
-from lightning_phantom.layers.split import SplitLinear
+from lightning_phantom.layers.split import SplitLinear, split_layers
 from lightning_phantom.layers.tensor_parallel import ParallelLinear
 from lightning_phantom.plan import transformer
 from lightning_phantom.plan.finder import plan_phantom
@@ -214,12 +214,14 @@ def densify(module: nn.Module) -> nn.Module:
     """Return a copy of `module` with plain layers again: the same function, the original classes and dtypes.
 
     A phantom or tensor-parallel layer becomes what it was before (`nn.Linear`, or GPT-2's `Conv1D`), with its dense
-    weight. Collective when layers are shared between ranks; every rank gets the whole module.
+    weight. Collective when layers are shared between ranks; every rank gets the whole module. Layers that read latents
+    of others (`latents="both"` or `"previous"`) have no dense weight, so such a module cannot be densified.
 
     Args:
         module: what `phantomize_` or a strategy has swapped layers of; it is not changed.
 
     Raises:
+        PhantomError: a layer has no dense weight.
         RuntimeError: a tensor that cannot be copied, as `copy.deepcopy` has it (one with a gradient history).
 
     Example:
@@ -227,6 +229,9 @@ def densify(module: nn.Module) -> nn.Module:
         >>> type(densify(model)[0])
         <class 'torch.nn.modules.linear.Linear'>
     """
+    for layer in split_layers(module).values():
+        if not layer.has_dense_weight:
+            layer.dense_weight()  # which says why
     dense = copy.deepcopy(module)
     for layer in [m for m in dense.modules() if isinstance(m, SplitLinear)]:
         plain = _dense_layer(layer)

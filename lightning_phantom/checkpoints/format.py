@@ -1,13 +1,15 @@
 """The format of a checkpoint: every key of it stands here, once, and what a checkpoint must agree on with a module.
 
 `state_dict`, and every other state dict of the model that a callback has put into the checkpoint (an average, say),
-holds dense weights under the module's own keys. Beside them, `"phantom"` holds what training needs to go on:
+holds dense weights under the module's own keys; of layers that no dense weight stands for (`latents`) it holds the
+factors under theirs, which a dense module refuses. Beside them, `"phantom"` holds what training needs to go on:
 
     version         1
     method          "phantom" (also where there is none) or "tensor_parallel"
     num_blocks      p, of phantom layers (`SplitLinear.shared_record`)
     layers          {name: {"in_features", "out_features", "bias", "phantom_width" of phantom layers,
-                    "transposed" where dense weights are [in, out]}} (`SplitLinear.record`)
+                    "transposed" where dense weights are [in, out], "mixing" where it is not "pairwise", "latents" and
+                    "predecessor" where they are not its own}} (`SplitLinear.record`)
     factors         full, of phantom layers: [{"path": [keys down to a state dict], "tensors": {key: all ranks'}}, ...]
     split           sharded: {name: {parameter: the dimension along which it is split}}
     optimizers      per optimizer: {"state": {parameter name: ...}, "param_groups": [...]}, of all ranks
@@ -37,7 +39,8 @@ _VERSION, _METHOD, _LAYERS = "version", "method", "layers"
 _FACTORS, _SPLIT, _RNG, _CONVERTED = "factors", "split", "rng", "converted"
 _BLOCKS, _NO_METHOD = "num_blocks", "phantom"
 # Of a layer's record: what its module decides. The rest are settings of the strategy, under their own names.
-_OF_THE_MODULE = ("in_features", "out_features", "bias", "transposed")
+_OF_THE_MODULE = ("in_features", "out_features", "bias", "transposed", "predecessor")
+_USUAL = {"mixing": "pairwise", "latents": "own"}  # of a record that does not say
 
 
 class SavedFactors(NamedTuple):
@@ -76,10 +79,14 @@ class PhantomRecord(NamedTuple):
     bias: bool
     phantom_width: int
     transposed: bool = False
+    mixing: str = _USUAL["mixing"]
+    latents: str = _USUAL["latents"]
+    predecessor: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """What is saved of it."""
-        return {key: value for key, value in self._asdict().items() if key != self._fields[-1] or value}
+        usual = self._field_defaults
+        return {key: value for key, value in self._asdict().items() if key not in usual or value != usual[key]}
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
@@ -232,8 +239,9 @@ def _check_layer(name: str, kind: str, theirs: Mapping[str, Any] | None, ours: M
         where = "the model" if theirs is None else "the checkpoint"
         raise CheckpointError(f"{name!r} is a {kind} layer only in {where}; use the plan it was saved with.")
     for key in {**theirs, **ours}:
-        if theirs.get(key) != ours.get(key):
+        saved, here = (record.get(key, _USUAL.get(key)) for record in (theirs, ours))
+        if saved != here:
             raise CheckpointError(
-                f"{name!r} has {key}={theirs.get(key)} in the checkpoint and {key}={ours.get(key)} in the model; "
+                f"{name!r} has {key}={saved} in the checkpoint and {key}={here} in the model; "
                 f"resume with the {'module' if key in _OF_THE_MODULE else key} it was saved with."
             )

@@ -62,6 +62,7 @@ def main(args: Sequence[str]) -> None:
     same_ranks, one_block = setting.sweep(num_ranks), setting.sweep()
     result: dict[str, Any] = {
         "config": {"num_blocks": config.num_blocks, "phantom_width": config.phantom_width, "num_ranks": num_ranks}
+        | {"mixing": config.mixing, "latents": config.latents}
         | {"tokens": options.tokens, "dtype": options.dtype},
         "machine": asdict(machine),
         "machine_origin": origin,
@@ -142,7 +143,8 @@ def request(options: argparse.Namespace, recipe: Recipe) -> tuple[PhantomConfig,
         raise PhantomError("one rank and no number of blocks: give --num-blocks or --ranks, say --num-blocks 4.")
     if blocks % ranks:
         raise PhantomError(f"--ranks {ranks} does not divide num_blocks={blocks}; give --num-blocks or other --ranks.")
-    settings = {name: given[name] for name in ("phantom_width", "plan", "init") if name in given}
+    names = ("phantom_width", "plan", "init", "mixing", "latents")
+    settings = {name: given[name] for name in names if name in given}
     return PhantomConfig(blocks, **settings), ranks
 
 

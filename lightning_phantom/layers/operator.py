@@ -153,7 +153,8 @@ class Mix(torch.autograd.Function):
             parts = [mixing.sent(g, cut) for g in gs]
             together = made if parts[0] is gs[0] else _beside(parts)
             arriving = mixing.start(cut.ranks, together, call.rows, call.what)
-            arrived = list(arriving.tensor.split([part.shape[-1] for part in parts], -1))
+            # The collective may still write there when autograd has these: as views it would forbid that.
+            arrived = [part.data for part in arriving.tensor.split([part.shape[-1] for part in parts], -1)]
 
         zs = [x.new_empty(x.shape[0], layer.weight.shape[0]) for layer in layers]
         for layer, z in zip(layers, zs, strict=True):

@@ -54,7 +54,7 @@ from lightning_phantom.layers.cut import Cut
 from lightning_phantom.layers.factors import Blocks, Factors, from_dense, random_bias, random_factors, to_dense
 from lightning_phantom.layers.mixing import MIXINGS
 from lightning_phantom.layers.operator import Call, Message, Mix, Part, mix
-from lightning_phantom.layers.split import SplitLinear, cast
+from lightning_phantom.layers.split import SplitLinear, cast, key_of
 
 FACTORS = ("weight", "compressor_weight", "decompressor_weight", "decompressor_before_weight")
 
@@ -90,7 +90,7 @@ class PhantomLinear(SplitLinear):
 
     kind = method = "phantom"
     keeps_factors = True
-    split_dims: Mapping[str, int] = dict.fromkeys((*FACTORS, "bias"), 0)
+    split_dims: Mapping[str, int] = dict.fromkeys(("weight", "compressor_weight", "decompressor_weight", "bias"), 0)
 
     compressor_weight: nn.Parameter
     decompressor_weight: nn.Parameter
@@ -139,6 +139,7 @@ class PhantomLinear(SplitLinear):
         self.decompressor_weight = parameter(out_here, (num_blocks - 1) * self.phantom_width)
         if self.width_before:
             self.decompressor_before_weight = parameter(out_here, (num_blocks - 1) * self.width_before)
+            self.split_dims = {**self.split_dims, "decompressor_before_weight": 0}
         if bias:
             self.bias = parameter(out_here)
         else:
@@ -249,8 +250,8 @@ class PhantomLinear(SplitLinear):
             state["bias"] = self.share_of("bias", bias)
         return state
 
-    def dense_from(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The dense weight [out, in] that the factors of all ranks stand for.
+    def dense_weight(self) -> Tensor:
+        """Return the dense weight [out, in] of the same linear map; collective when R > 1.
 
         Raises:
             PhantomError: there is none, because the layer reads latents of the one before it.
@@ -258,8 +259,13 @@ class PhantomLinear(SplitLinear):
         if not self.has_dense_weight:
             raise PhantomError(
                 f"{self.name or type(self).__name__!r} reads latents of {self.predecessor[0].name!r} "
-                f"(latents={self.latents!r}): it is no linear map of its input, and no dense weight stands for it."
+                f"(latents={self.latents!r}): what it computes is no linear map of its input, and no dense weight "
+                f"stands for it."
             )
+        return super().dense_weight()
+
+    def dense_from(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The dense weight [out, in] that the factors of all ranks stand for."""
         return to_dense(Factors(*(tensors[name] for name in FACTORS[:3])), self.num_blocks, self.mixing)
 
     @property
@@ -270,7 +276,8 @@ class PhantomLinear(SplitLinear):
     def record(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the layer that loads it."""
         mixing = {} if self.mixing == "pairwise" else {"mixing": self.mixing}
-        chain = {"latents": self.latents, "predecessor": self.predecessor[0].name} if self.predecessor else {}
+        before = [key_of(layer.name) for layer in self.predecessor]
+        chain = {"latents": self.latents, "predecessor": before[0]} if before else {}
         return {**super().record(), "phantom_width": self.phantom_width, **mixing, **chain}
 
     def shared_record(self) -> dict[str, Any]:

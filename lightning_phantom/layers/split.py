@@ -40,7 +40,6 @@ class SplitLinear(nn.Linear):
         kind: what users call such layers.
         method: the name of the strategy that makes them.
         keeps_factors: whether checkpoints need more than the dense weight to restore one.
-        has_dense_weight: whether a dense linear computes the same from the same input.
         split_dims: the dimension along which each parameter is split; those left out are whole on every rank.
         name: full name of the layer in the module that it was put into.
         siblings: the layers that read the same input and so share its exchange, itself among them.
@@ -50,12 +49,6 @@ class SplitLinear(nn.Linear):
     kind: ClassVar[str]
     method: ClassVar[str]
     keeps_factors: ClassVar[bool] = False
-
-    @property
-    def has_dense_weight(self) -> bool:
-        """See the class."""
-        return True
-
     split_dims: Mapping[str, int]
 
     def __init__(
@@ -98,6 +91,11 @@ class SplitLinear(nn.Linear):
             The output of each layer, [T, out/R] (or, if `leaves`, [t, out]).
         """
         raise NotImplementedError
+
+    @property
+    def has_dense_weight(self) -> bool:
+        """Whether a dense linear computes the same from the same input."""
+        return True
 
     enters = True  # whether a plain input is to be brought inside for `among`
     leaves = False  # whether the output is in token layout

@@ -156,7 +156,7 @@ class Comparison:
         if self.request.smaller is None:
             recipe = self.request.recipe("phantom")
             given = self._phantom_arguments(recipe)
-            names = ("num_blocks", "phantom_width", "plan")
+            names = ("num_blocks", "phantom_width", "plan", "mixing", "latents")
             config = PhantomConfig(**{"num_blocks": self.job.size} | {n: given[n] for n in names if n in given})
             argument = smaller_argument(self.request.recipe("smaller"), config)
             recipes["smaller"] = self.request.recipe("smaller", argument)
