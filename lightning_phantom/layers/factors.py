@@ -160,13 +160,15 @@ def to_dense(factors: Factors, num_blocks: int, mixing: str = "pairwise") -> Ten
     p, k = num_blocks, width_of(factors, num_blocks)
     local, decompressor = factors.weight.chunk(p), factors.decompressor.chunk(p)
     compressor = [c.split(k) for c in factors.compressor.chunk(p)]
-    rows = []
-    for i in range(p):
-        others = iter(decompressor[i].split(k, dim=1))
-        # Of what j made for others than itself, the part for i is as far back as i would be among those.
-        made = [compressor[j][i - (i > j) if mixing == "private" else 0] for j in range(p)]
-        rows.append(torch.cat([local[i] if j == i else next(others) @ made[j] for j in range(p)], dim=1))
-    return torch.cat(rows)
+
+    def block(i: int, j: int) -> Tensor:
+        if i == j:
+            return local[i]
+        # There is nothing for itself among what i reads, nor among what j makes.
+        made = compressor[j][i - (i > j) if mixing == "private" else 0]
+        return decompressor[i].split(k, dim=1)[j - (j > i)] @ made
+
+    return torch.cat([torch.cat([block(i, j) for j in range(p)], dim=1) for i in range(p)])
 
 
 def width_of(factors: Factors, num_blocks: int) -> int:
