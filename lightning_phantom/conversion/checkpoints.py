@@ -158,11 +158,13 @@ def to_phantom(
                 factors, new_bias = calibrated(weight, bias, plain, blocks, fit[layer.name])
             # Of the layer before nothing is read yet, so a dense weight says what the layer computes at first.
             written = to_dense(factors, p, plan.config.mixing), new_bias
-            mixing = {"mixing": plan.config.mixing, "latents": layer.latents, "predecessor": layer.predecessor}
-            result.store(layer.name, factors, *written, layer.transposed, **mixing)
+            how = plan.config.mixing, layer.latents, layer.predecessor
+            result.store(layer.name, factors, *written, layer.transposed, *how)
             wrong = wrong_before = None
             if statistics:
-                wrong_before = held_out[layer.name].output_error((weight, bias), (to_dense(plain, p, plan.config.mixing), bias))
+                wrong_before = held_out[layer.name].output_error(
+                    (weight, bias), (to_dense(plain, p, plan.config.mixing), bias)
+                )
                 wrong = held_out[layer.name].output_error((weight, bias), written)
             errors = (_relative(written[0], weight), wrong_before, wrong)
             result.report(blocks, errors, layer.weights_before, layer.weights_after)
@@ -196,7 +198,7 @@ def to_fewer_blocks(
         mixing = layer.mixing
         merged, bias = merge(factors, p, q, mixing), tensors.get(f"{name}.bias")
         dense = to_dense(merged, p // q, mixing)
-        result.store(name, merged, dense, bias, layer.transposed, mixing=mixing)
+        result.store(name, merged, dense, bias, layer.transposed, mixing)
         k = width_of(merged, p // q)
         blocks = Blocks(layer.in_features, layer.out_features, p // q, k, 0, name)
         before = phantom_weights(*blocks[:2], p, layer.phantom_width, bias is not None, mixing)
@@ -258,11 +260,11 @@ class _Result:
         self.layers: dict[str, PhantomRecord] = {}
 
     def store(
-        self, name: str, factors: Factors, weight: Tensor, bias: Tensor | None, transposed: bool, **mixing: str
+        self, name: str, factors: Factors, weight: Tensor, bias: Tensor | None, transposed: bool, *how: str
     ) -> None:
-        """Take a layer's factors, and the dense weight [out, in] and bias that they stand for; and how it mixes."""
+        """Take a layer's factors, and the dense weight [out, in] and bias that they stand for; and its record's other fields."""
         (n_out, n_in), k = weight.shape, width_of(factors, self.num_blocks)
-        self.layers[name] = record = PhantomRecord(n_in, n_out, bias is not None, k, transposed, **mixing)
+        self.layers[name] = record = PhantomRecord(n_in, n_out, bias is not None, k, transposed, *how)
         for factor, tensor in zip((*FACTORS, "bias"), (*factors, bias), strict=True):
             if tensor is not None:
                 self.tensors[f"{name}.{factor}"] = on_disk(tensor, self.folder)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,8 @@ from lightning_phantom.errors import PhantomError
 Waiting = Callable[[], Tensor]
 
 
-class Arriving(NamedTuple):
+@dataclass(frozen=True)
+class Arriving:
     """Values that a collective under way writes; calling it waits for them.
 
     Attributes:
@@ -114,7 +116,7 @@ class Ranks:
             return lambda: _copy(x, scale)
         most = max(rows.counts)
         padded = torch.cat([x, x.new_zeros(most - x.shape[0], x.shape[1])]) if x.shape[0] < most else x
-        arriving = self.all_gather(padded if scale == 1 else padded * scale, rows, what)
+        arriving: Waiting = self.all_gather(padded if scale == 1 else padded * scale, rows, what)
         if len(set(rows.counts)) == 1:
             return lambda: arriving().flatten(0, 1)
         return lambda: torch.cat([part[:t] for part, t in zip(arriving(), rows.counts, strict=True)])

@@ -104,8 +104,8 @@ def from_dense(weight: Tensor, blocks: Blocks, ranks: Ranks) -> Factors:
     everyone = received.permute(1, 2, 0, 3).reshape(len(held), blocks.block_out, p * k)
     decompressor = torch.cat([without(d, i, k) for i, d in zip(held, everyone, strict=True)])
     diagonal = torch.cat([_block(weight, i, i, blocks) for i in held])
-    made = (t.to(weight.dtype) for t in (diagonal, compressor, decompressor))
-    return Factors(*made, _nothing_before(weight, blocks, ranks))
+    diagonal, compressor, decompressor = (t.to(weight.dtype) for t in (diagonal, compressor, decompressor))
+    return Factors(diagonal, compressor, decompressor, _nothing_before(weight, blocks, ranks))
 
 
 def random_factors(blocks: Blocks, ranks: Ranks, dtype: torch.dtype) -> Factors:

@@ -164,8 +164,8 @@ class Mix(torch.autograd.Function):
             arriving()
         elif compressors:
             waiting = once(arriving)
-            for message in call.asked:
-                message.arriving = waiting
+            for asked in call.asked:
+                asked.arriving = waiting
         own = iter(arrived)
         for layer, z, message in zip(layers, zs, call.messages, strict=True):
             z_blocks = cut.features(z)
@@ -241,7 +241,7 @@ class Mix(torch.autograd.Function):
             if needs[first]:
                 grads_of[first] = torch.bmm(d_z.mT, xs).view_as(layer.weight)
             for place, read in ((first + _D, latents), (first + _E, layer.before)):
-                if needs[place]:
+                if needs[place] and read is not None:
                     grads_of[place] = torch.bmm(d_z.mT, mixing.of_others(read, cut)).view_as(tensors[place])
             if needs[first + _B]:
                 grads_of[first + _B] = dzs[n].sum(0)

@@ -214,8 +214,9 @@ class PhantomLinear(SplitLinear):
         own, further = iter(made), iter(zip(made[len(made) - len(stale) :], asked, strict=True))
         latents_of = [next(own) if part.compressor is not None else None for part in parts]
         for n, follower in asking:
-            made_for_it, message = next(further) if follower.in_before else (latents_of[n], None)
-            follower.mailbox.letter = Letter(made_for_it, message, counts, mode())
+            latents, message = next(further) if follower.in_before else (latents_of[n], None)
+            assert latents is not None  # whom others read has latents of its own input
+            follower.mailbox.letter = Letter(latents, message, counts, mode())
         return zs
 
     @torch.no_grad()

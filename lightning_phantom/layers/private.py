@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_phantom.distributed.agreement import Rows
 from lightning_phantom.distributed.exchange import transpose_latents
-from lightning_phantom.distributed.ranks import Arriving, Ranks
+from lightning_phantom.distributed.ranks import Arriving, Ranks, Waiting
 from lightning_phantom.layers.cut import Cut
 
 
@@ -54,4 +54,6 @@ class Private:
         """[R, T, w], for each rank -> [R, T, w], from each."""
         return ranks.transpose(sent, rows, what)
 
-    start_back = start
+    def start_back(self, ranks: Ranks, sent: Tensor, rows: Rows | None, what: str) -> Waiting:
+        """The same."""
+        return self.start(ranks, sent, rows, what)

@@ -31,6 +31,7 @@ from lightning_phantom.layers.tensor_parallel import ParallelLinear
 from lightning_phantom.measure.memory import Memory
 
 REPEATS = 5
+W = TypeVar("W", bound=Waiting)
 
 
 @dataclass(frozen=True)

@@ -239,9 +239,7 @@ def _connected(flows: list[Flow], wanted: set[str]) -> Iterator[tuple[Group, ...
             yield tuple(joined)
 
 
-def _right_before(
-    group: list[Flow], part: set[str], depth: Mapping[str, int], called: Mapping[str, int]
-) -> str | None:
+def _right_before(group: list[Flow], part: set[str], depth: Mapping[str, int], called: Mapping[str, int]) -> str | None:
     """The one linear of a part that comes last before a group in it, if there is one, and each is called once."""
     sources = [source for source in group[0].sources if source in part]
     last = [source for source in sources if depth[source] == depth[group[0].name] - 1]

@@ -79,11 +79,11 @@ def largest_error(kind, p, group=None, across=None):
     z = chain_oracle(factors, ACTIVATIONS, whole, mixing, latents, p)
     z.backward(grad / world)
     mine = x.split(counts)[me].clone().requires_grad_()
-    out = module(mine)
+    out = module(mine).reshape(-1, WIDTHS[-1])
     (out * grad.split(counts)[me]).sum().backward()
     pairs = []
     if counts[me]:
-        pairs += [(out * 1.0, z.split(counts)[me]), (mine.grad, whole.grad.split(counts)[me] * world)]
+        pairs += [(out, z.split(counts)[me]), (mine.grad, whole.grad.split(counts)[me] * world)]
     for layer, wanted in zip(layers, factors, strict=True):
         for name, parameter in layer.named_parameters(recurse=False):
             if across is not None:

@@ -1,5 +1,6 @@
-"""Private mixing and chains' latents through the strategy: the same training on any ranks, checkpoints, what is refused."""
+"""Private mixing and chains' latents through the strategy: training on any ranks, checkpoints, what is refused."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -107,7 +108,11 @@ def test_a_full_checkpoint_is_dense_only_where_that_is_the_same_function(alone):
     ("saved", "here", "said"),
     [
         ("private", {}, "'net.0' has mixing=private in the checkpoint and mixing=pairwise in the model"),
-        ("both", {}, "'net.3' has latents=both in the checkpoint and latents=own in the model; resume with the latents"),
+        (
+            "both",
+            {},
+            "'net.3' has latents=both in the checkpoint and latents=own in the model; resume with the latents",
+        ),
         ("both", {"latents": "previous"}, "latents=both in the checkpoint and latents=previous in the model"),
     ],
 )
@@ -121,12 +126,14 @@ def test_another_kind_is_refused(alone, tmp_path, saved, here, said):
 
 
 def chain(*widths):
-    return nn.Sequential(*(m for sizes in zip(widths, widths[1:], strict=False) for m in (nn.Linear(*sizes), nn.GELU())))
+    return nn.Sequential(*(m for sizes in itertools.pairwise(widths) for m in (nn.Linear(*sizes), nn.GELU())))
 
 
 def test_what_the_plan_says():
     def reasons(module, **kwargs):
-        return [(layer.latents, layer.predecessor) for layer in plan_phantom(module, PhantomConfig(2, **kwargs)).swapped]
+        return [
+            (layer.latents, layer.predecessor) for layer in plan_phantom(module, PhantomConfig(2, **kwargs)).swapped
+        ]
 
     deep = chain(16, 16, 16, 16)
     assert reasons(deep, latents="both") == [("own", ""), ("both", "0"), ("both", "2")]
