@@ -262,7 +262,7 @@ class _Result:
     def store(
         self, name: str, factors: Factors, weight: Tensor, bias: Tensor | None, transposed: bool, *how: str
     ) -> None:
-        """Take a layer's factors, and the dense weight [out, in] and bias that they stand for; and its record's other fields."""
+        """Take a layer's factors, the dense weight [out, in] and bias they stand for, and the rest of its record."""
         (n_out, n_in), k = weight.shape, width_of(factors, self.num_blocks)
         self.layers[name] = record = PhantomRecord(n_in, n_out, bias is not None, k, transposed, *how)
         for factor, tensor in zip((*FACTORS, "bias"), (*factors, bias), strict=True):

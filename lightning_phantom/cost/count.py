@@ -11,10 +11,10 @@ group's ranks together, s bytes an element. For a square n x n linear:
 | TP in pairs | n^2/R | 2 b n^2/R | twice: entry (R-1)/R b in s, exit (R-1)/R b out s |
 | TP, layer by layer | n^2/R | 2 b n^2/R | twice: layers (R-1)/R b in s, exit (R-1)/R^2 b out s |
 | phantom | q (n^2/p^2 + k n) | 2 b q (n^2/p^2 + k n) | twice: layers (R-1) q k b s, entry and exit (R-1)/R^2 b w s |
-| phantom, private | q (n^2/p^2 + 2 (p-1) k n/p) | 2 b times that | twice: layers (R-1) q^2 k b s, entry and exit as above |
+| phantom, private | q (n^2/p^2 + 2 (p-1) k n/p) | 2 b times that | the same, with (R-1) q^2 k b s for each layer |
 
-A layer that reads the latents of the one before it as well (`latents="both"`) has q (p-1) k n/p more weights, sends
-nothing for it, and adds 2 b times that.
+A layer that reads the latents of the one before it as well (`latents="both"`) has q (p-1) k n/p more weights, takes 2 b
+times as many FLOPs more, and sends nothing for it.
 
 Outside the layers every rank has its own tokens with all features, b/R of them; inside, the group's with its own
 features. Phantom goes from one to the other and back in all-to-alls. A column-parallel layer gathers its input (tokens

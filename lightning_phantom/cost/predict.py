@@ -3,9 +3,10 @@
 A product takes `flops / flops_per_s + bytes / memory_bytes_per_s` and a fixed time to start, where bytes counts its
 operands and its result once; a copy takes the same without FLOPs. A collective takes `sent_bytes / link_bytes_per_s +
 latency_s`, and only what exceeds the work beside it is waited for: beside a phantom layer's latents that is the
-products with its diagonal blocks (and, where they are made of the previous layer's input, those of that layer, too), beside what an exact layer gathers its own share's, beside gradients that are
-averaged the whole backward, beside weights that FSDP gathers the products of their own layer (it gathers the next
-layer's meanwhile). Nothing runs beside what enters, leaves, or is summed by a row-parallel layer.
+products with its diagonal blocks (and those of the layer before, where they are made of that one's input), beside what
+an exact layer gathers its own share's, beside gradients that are averaged the whole backward, beside weights that FSDP
+gathers the products of their own layer (it gathers the next layer's meanwhile). Nothing runs beside what enters,
+leaves, or is summed by a row-parallel layer.
 """
 
 from __future__ import annotations

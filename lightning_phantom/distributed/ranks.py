@@ -36,6 +36,7 @@ class Arriving:
     wait: Waiting
 
     def __call__(self) -> Tensor:
+        """Wait for them."""
         return self.wait()
 
 
@@ -101,7 +102,7 @@ class Ranks:
     def to_tokens(self, y: Tensor, rows: Rows, what: str, scale: float = 1.0) -> Waiting:
         """The group's tokens, own features [T, w/R] -> own tokens, all features [t, w]."""
         if rows.shared:
-            arriving = self.all_gather(y, rows, what)
+            arriving: Waiting = self.all_gather(y, rows, what)
         else:
             n = (rows.counts[self.rank],) * self.size
             flat = self._all_to_all(y.contiguous(), n, rows.counts, "all_to_all", what, rows)

@@ -139,6 +139,7 @@ class Mix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: Call, *tensors: Any) -> tuple[Tensor, ...]:
+        """See the class."""
         cut, mixing = call.cut, call.mixing
         layers, compressors = call.parts(tensors)
         xs = cut.features(x)
@@ -187,6 +188,7 @@ class Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of all tensors, from those of each z and of the latents that others have read."""
         call: Call = ctx.call
         cut, mixing = call.cut, call.mixing
         num_made = len(grads) - call.num_layers

@@ -153,11 +153,13 @@ def make_share(method: str, layers: Sequence[Layer], p: int, ranks: Ranks, kind:
     """This rank's layers by a method, on the CPU, with random weights; nothing but the shard is ever allocated."""
     made: list[SplitLinear] = []
     groups: list[list[SplitLinear]] = []
-    for n, layer in enumerate(as_layers(layers)):
+    layers = as_layers(layers)
+    for n, layer in enumerate(layers):
         sizes, placed = (layer.in_features, layer.out_features), {"process_group": ranks.process_group, **kind}
         if method == "phantom":
             assert layer.phantom_width is not None
-            one: SplitLinear = PhantomLinear(*sizes, p, layer.phantom_width, layer.bias, **placed)
+            how = {"mixing": layer.mixing, "latents": layer.latents, "predecessor": _last_above(layer, layers, made)}
+            one: SplitLinear = PhantomLinear(*sizes, p, layer.phantom_width, layer.bias, **how, **placed)
         else:
             cut = "row" if method == "tensor_parallel" and is_row(layer) else "column"
             one = ParallelLinear(*sizes, cut, layer.bias, **placed)
@@ -174,6 +176,13 @@ def make_share(method: str, layers: Sequence[Layer], p: int, ranks: Ranks, kind:
         for one in group:
             one.siblings = tuple(group)
     return made
+
+
+def _last_above(layer: Layer, layers: Sequence[Layer], made: Sequence[SplitLinear]) -> SplitLinear | None:
+    """Of the layers made so far the one whose latents `layer` reads: the last of those right above it in its FFN."""
+    if layer.latents == "own":
+        return None
+    return next(m for each, m in reversed(list(zip(layers, made, strict=False))) if each.depth == (layer.depth or 0) - 1)
 
 
 def make_step(made: Sequence[SplitLinear], layers: Sequence[Layer], tokens: int) -> Callable[[], None]:

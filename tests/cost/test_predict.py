@@ -188,6 +188,13 @@ def test_simulated_rank_holds_its_shard_and_sends_what_the_model_says(dtype):
         simulate(layers, 64, 64, 100, dtype)
 
 
+def test_simulated_chains_send_what_the_model_says():
+    for mixing, latents in (("private", "both"), ("pairwise", "previous")):
+        chain = [each.with_width(2, 16) for each in as_layers([(256, 256)] * 3, mixing=mixing, latents=latents)]
+        cost, one = estimate_cost(chain, 16, 2, 8, 64).phantom, simulate(chain, 16, 8, 64)["phantom"]
+        assert (one.weights, one.sent_bytes, one.calls) == (cost.weights, cost.sent_bytes, cost.calls)
+
+
 def test_what_fake_collectives_bring_is_filled_in(monkeypatch):
     class Nothing:
         def wait(self):
@@ -240,6 +247,19 @@ def test_plan_command(tmp_path, capsys):
     assert result["here"]["fastest"] in methods and f"of {LABELS[result['here']['fastest']]}'s" in out
     assert result["machine_origin"] == dict.fromkeys(("flops_per_s", "latency_s", "link_bytes_per_s"), "given")
     assert f"{methods['phantom']['weights']:,}" in out
+
+
+def test_plan_command_knows_how_blocks_mix(tmp_path, capsys):
+    strategy = ("--trainer.strategy", "lightning_phantom.PhantomStrategy", "--trainer.strategy.latents", "both")
+    out, result = run_plan(
+        *(tmp_path, capsys, "--ranks", "2", "--num-blocks", "4", "--tokens", "256", *RATES),
+        *(*strategy, "--trainer.strategy.mixing", "private"),
+    )
+    assert "num_blocks=4, mixing=private, latents=both" in out and "reads its own latents and those of" in out
+    expected = estimate_cost([(64, 64)] * 3, 4, 0.25, 2, 256, mixing="private", latents="both").phantom
+    phantom = result["here"]["methods"]["phantom"]
+    assert (phantom["weights"], phantom["sent_bytes"]) == (expected.weights, expected.sent_bytes)
+    assert (result["config"]["mixing"], result["config"]["latents"]) == ("private", "both")
 
 
 def test_plan_command_simulates(tmp_path, capsys):
