@@ -182,7 +182,9 @@ def _last_above(layer: Layer, layers: Sequence[Layer], made: Sequence[SplitLinea
     """Of the layers made so far the one whose latents `layer` reads: the last of those right above it in its FFN."""
     if layer.latents == "own":
         return None
-    return next(m for each, m in reversed(list(zip(layers, made, strict=False))) if each.depth == (layer.depth or 0) - 1)
+    return next(
+        m for each, m in reversed(list(zip(layers, made, strict=False))) if each.depth == (layer.depth or 0) - 1
+    )
 
 
 def make_step(made: Sequence[SplitLinear], layers: Sequence[Layer], tokens: int) -> Callable[[], None]:
