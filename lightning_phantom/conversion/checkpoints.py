@@ -131,9 +131,9 @@ def to_phantom(
 
     Raises:
         CheckpointError: it holds phantom layers already, or weights that nothing can start from; or layers are asked
-            for that no dense weight says anything about, or that calibration does not know.
+            for that a dense weight says nothing about.
     """
-    _check_kind(plan.config, statistics is not None)
+    _check_kind(plan.config)
     if _is_phantom(checkpoint):
         raise CheckpointError(
             f"the checkpoint holds phantom layers of {num_blocks_of(checkpoint)} blocks already. Merge their blocks "
@@ -306,15 +306,13 @@ def _phantom_layers(checkpoint: Mapping[str, Any]) -> tuple[int, dict[str, Phant
     return num_blocks_of(checkpoint), phantom_layers_of(checkpoint)
 
 
-def _check_kind(config: Any, calibrate: bool) -> None:
+def _check_kind(config: Any) -> None:
     """Raise CheckpointError for phantom layers that cannot be made from dense weights."""
     if config.latents == "previous":
         raise CheckpointError(
             "latents='previous': these layers read latents of another value than the dense layer did, so its weight "
             "says nothing about them. Train them from init='random'."
         )
-    if calibrate and config.mixing != "pairwise":
-        raise CheckpointError(f"mixing={config.mixing!r}: calibration knows pairwise mixing only; leave it out.")
 
 
 def _check_dense(layers: Mapping[str, PhantomRecord]) -> None:

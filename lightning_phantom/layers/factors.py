@@ -9,6 +9,7 @@ Every function returns the rows of one group member: blocks `first .. first + q 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -231,27 +232,43 @@ def leading_vectors(column: Tensor, k: int) -> Tensor:
 
 def _decompose(weight: Tensor, j: int, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """Factor block column j: C_j [r, m_in] and, for every row of W, D_j [out, k] with the own block's rows zero."""
-    column = weight[:, j * blocks.block_in : (j + 1) * blocks.block_in].to(torch.float64, copy=True)
-    own = slice(j * blocks.block_out, (j + 1) * blocks.block_out)
-    if blocks.mixing == "private":
-        return _decompose_each(column, j, blocks)
-    vectors = leading_vectors(torch.cat([column[: own.start], column[own.stop :]]), blocks.phantom_width)
-    column[own] = 0
-    return settle(vectors.T, column @ vectors, blocks.generator(j), blocks)
+    column = weight[:, j * blocks.block_in : (j + 1) * blocks.block_in].to(torch.float64)
+
+    def best(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        vectors = leading_vectors(rows, blocks.phantom_width)
+        return settle(vectors.T, rows @ vectors, generator, blocks)
+
+    return by_compressor(best, column, j, blocks)
 
 
-def _decompose_each(column: Tensor, j: int, blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """The same, each block of the column by itself."""
-    compressors, decompressors = [], []
-    for i, block in enumerate(column.split(blocks.block_out)):
-        if i == j:
-            decompressors.append(block.new_zeros(blocks.block_out, blocks.phantom_width))
-            continue
-        vectors = leading_vectors(block, blocks.phantom_width)
-        compressor, decompressor = settle(vectors.T, block @ vectors, blocks.generator(i, j), blocks)
+def by_compressor(
+    factor: Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]], column: Tensor, j: int, blocks: Blocks
+) -> tuple[Tensor, Tensor]:
+    """Factor what each set of compressors of block j serves: all other blocks, or each of them in private mixing.
+
+    `factor(rows, generator)` gives C [k, m_in] and D for so many rows of `column` [out, m_in]; the generator is that
+    set's own. Together they are C_j [r, m_in], and D_j [out, k] with the own block's rows zero.
+    """
+    others = [i for i in range(blocks.num_blocks) if i != j]
+    rows = column.split(blocks.block_out)
+    decompressors = [column.new_zeros(blocks.block_out, blocks.phantom_width) for _ in rows]
+    compressors = []
+    for served in [[i] for i in others] if blocks.mixing == "private" else [others]:
+        generator = blocks.generator(*served, j) if blocks.mixing == "private" else blocks.generator(j)
+        compressor, decompressor = factor(torch.cat([rows[i] for i in served]), generator)
         compressors.append(compressor)
-        decompressors.append(decompressor)
+        for i, part in zip(served, decompressor.split(blocks.block_out), strict=True):
+            decompressors[i] = part
     return torch.cat(compressors), torch.cat(decompressors)
+
+
+def column_of(compressor: Tensor, decompressor: Tensor, j: int, blocks: Blocks) -> Tensor:
+    """Block column j [out, m_in] of the dense weight, its own block left out, of what `by_compressor` gives."""
+    if blocks.mixing == "pairwise":
+        return decompressor @ compressor
+    made = list(compressor.split(blocks.phantom_width))
+    made.insert(j, torch.zeros_like(made[0]))
+    return torch.cat([d @ c for d, c in zip(decompressor.split(blocks.block_out), made, strict=True)])
 
 
 def without(columns: Tensor, i: int, k: int, count: int = 1) -> Tensor:

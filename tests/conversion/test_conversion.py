@@ -2,6 +2,7 @@
 
 import ctypes
 import io
+import itertools
 import json
 import os
 import re
@@ -165,6 +166,32 @@ def test_merging_is_exact(n_in, n_out, p, q, k):
     assert torch.allclose(to_dense(merged, coarse), to_dense(factors, p), atol=1e-12, rtol=0)
 
 
+def test_calibration_of_private_blocks_is_least_squares():
+    """The gradient of the outputs' error vanishes at L and D, and no turn makes it worse; at full width it is exact."""
+    weight, bias, x = layer_and_inputs()
+    for k in (1, 2, 4):
+        blocks = Blocks(24, 16, 4, k, 0, "", "private")
+        start, moments = from_dense(weight, blocks, ALONE), moments_of(x)
+        metric = moments.metric(centred=True)
+
+        def loss(factors, metric=metric):
+            error = weight - to_dense(factors, 4, "private")
+            return ((error @ metric) * error).sum()
+
+        fitted = refit(weight, start, metric, blocks)
+        leaves = Factors(*(f.clone().requires_grad_() for f in fitted[:3]))
+        loss(leaves).backward()
+        scale = (weight @ metric).norm()
+        assert max(leaves.weight.grad.norm(), leaves.decompressor.grad.norm()) < 1e-8 * scale
+        better = improve_columns(weight, fitted, metric, blocks)
+        factors, _ = calibrated(weight, bias, start, blocks, moments)
+        losses = [loss(each).item() for each in (start, fitted, better, factors)]
+        rounding = 1e-12 * ((weight @ metric) * weight).sum().item()
+        assert all(after <= before + rounding for before, after in itertools.pairwise(losses)), losses
+        if k == 4:
+            assert torch.allclose(to_dense(factors, 4, "private"), weight, atol=1e-9)
+
+
 @pytest.mark.parametrize(("n_in", "n_out", "p", "q", "k"), [(48, 24, 8, 2, 1), (24, 48, 12, 3, 1), (64, 64, 4, 2, 2)])
 def test_merging_private_blocks_is_exact(n_in, n_out, p, q, k):
     factors = random_factors(Blocks(n_in, n_out, p, k, 0, "", "private"), ALONE, torch.float64)
@@ -291,8 +318,9 @@ def test_private_layers_and_chains_are_converted(folder, capsys):
     assert abs(validation_loss("merged.ckpt", merged) - loss) < 1e-5
     convert("merged.ckpt", "left.ckpt", "--to", "dense")
     assert abs(validation_loss("left.ckpt", "auto") - loss) < 1e-5
-    said = refused("dense.ckpt", "x.ckpt", "--config", "run.yaml", "--calibrate", 2)
-    assert "calibration knows pairwise mixing only" in said
+    convert("dense.ckpt", "good.ckpt", "--config", "run.yaml", "--phantom-width", 1, "--calibrate", 6)
+    dense = validation_loss("dense.ckpt", "auto")
+    assert dense < validation_loss("good.ckpt", private) < loss
 
     settings("latents: both")
     convert("dense.ckpt", "both.ckpt", "--config", "run.yaml")
