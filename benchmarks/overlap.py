@@ -2,8 +2,11 @@
 
     python benchmarks/overlap.py --ranks 2
 
+    python benchmarks/overlap.py --ranks 2 --latents previous
+
 A feed-forward network (as in benchmarks/ffn.yaml, smaller), forward and backward, by the profiler of torch. An exchange
-lasts from its start to its end, whoever waits for it; what lies under matrix products of the same rank is hidden.
+lasts from its start to its end, whoever waits for it; what lies under matrix products of the same rank is hidden. What
+the rank waits for, all exchanges together, is measured beside it, without the profiler.
 """
 
 import argparse
@@ -19,6 +22,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from lightning_phantom import PhantomConfig, phantomize_
+from lightning_phantom.config import LATENTS, MIXINGS
+from lightning_phantom.distributed.comm import record_traffic
 
 Span = tuple[float, float]
 
@@ -28,12 +33,14 @@ def spans(events: Any, *names: str) -> list[Span]:
     return [(event.time_range.start, event.time_range.end) for event in events if event.name in names]
 
 
-def kind(event: Any, width: int) -> str | None:
+def kind(event: Any, width: int, mixing: str) -> str | None:
     """What an exchange carries, by its kind and the width of what it sends; None for no exchange."""
     if event.name == "gloo:all_gather":
         return "latents, forward"
     if event.name == "gloo:all_to_all":
-        return "latents, backward" if event.input_shapes[0][-1:] == [width] else "entry, exit, questions"
+        if event.input_shapes[0][-1:] not in ([width], [2 * width]):  # two layers' latents may travel together
+            return "entry, exit, questions"
+        return "latents, backward" if mixing == "pairwise" else "latents, both ways"
     return None
 
 
@@ -49,11 +56,15 @@ def rank(number: int, args: argparse.Namespace, folder: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", rank=number, world_size=args.ranks)
     torch.manual_seed(number)
     layers = [each for _ in range(args.depth) for each in (nn.Linear(args.features, args.features), nn.ReLU())]
-    config = PhantomConfig(num_blocks=args.ranks, phantom_width=args.width, init="random")
+    how = {"mixing": args.mixing, "latents": args.latents}
+    config = PhantomConfig(num_blocks=args.ranks, phantom_width=args.width, init="random", **how)
     module = phantomize_(nn.Sequential(*layers), config, dist.group.WORLD)
     x = torch.randn(args.tokens, args.features)
     for _ in range(3):
         module(x).square().mean().backward()
+    with record_traffic() as traffic:
+        for _ in range(args.steps):
+            module(x).square().mean().backward()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
         for _ in range(args.steps):
             module(x).square().mean().backward()
@@ -61,9 +72,10 @@ def rank(number: int, args: argparse.Namespace, folder: str) -> None:
     products = spans(events, "aten::bmm", "aten::baddbmm")
     exchanges: dict[str, list[Span]] = defaultdict(list)
     for event in events:
-        if what := kind(event, args.width):
+        if what := kind(event, args.width, args.mixing):
             exchanges[what].append((event.time_range.start, event.time_range.end))
     if number == 0:
+        print(f"{args.mixing}, latents {args.latents}: waits {traffic.waited_s / args.steps * 1e3:.2f} ms of a step")
         for what, found in exchanges.items():
             lasted = sum(end - start for start, end in found)
             hidden = sum(under(span, products) for span in found)
@@ -80,6 +92,8 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--width", type=int, default=64, help="k")
     parser.add_argument("--tokens", type=int, default=512, help="of each rank")
+    parser.add_argument("--mixing", choices=MIXINGS, default="pairwise")
+    parser.add_argument("--latents", choices=LATENTS, default="own")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(rank, (args, folder), nprocs=args.ranks)

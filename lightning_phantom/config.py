@@ -11,6 +11,8 @@ from lightning_phantom.errors import PhantomError
 
 PLAN_WORDS = ("phantom", "skip")
 INITS = ("auto", "from_dense", "random", "block_diagonal")
+MIXINGS = ("pairwise", "private")
+LATENTS = ("own", "both", "previous")
 STYLES = ("megatron", "layerwise")
 
 
@@ -23,12 +25,17 @@ class PhantomConfig:
             the machine: any number of ranks that divides p computes the same function.
         phantom_width: k, the number of features that each block sends to the others. An `int` is k itself, clamped
             to the largest useful one of each layer; a `float` f in (0, 1] gives
-            `max(1, floor(f * min(in_features, out_features) / p))`.
+            `max(1, floor(f * min(in_features, out_features) / p))`, and half of that, at least 1, where
+            `mixing="private"`: a block sends p - 1 of those.
         plan: `{"glob of module name": word}` with the words `"phantom"` and `"skip"`; later entries win over earlier
             ones and unnamed layers stay dense. `None` finds the feed-forward networks.
         init: `"from_dense"` (the best phantom approximation of the dense weights), `"random"`, `"block_diagonal"`, or
             `"auto"`: `"from_dense"` where weights exist and `"random"` on the meta device.
         seed: seeds the random initialisations, together with the layer's name and the block's index.
+        mixing: `"pairwise"`, a block's k latents go to all others, or `"private"`, it makes k latents for each of them.
+        latents: in a chain of three or more linears that elementwise operations join, which latents a layer reads:
+            `"own"`, made of its own input, `"both"`, those of the layer before it as well, or `"previous"`, made of
+            that layer's input. The first of a chain, and layers that form none, read their own.
 
     Raises:
         PhantomError: an argument has the wrong type or an impossible value.
@@ -42,6 +49,8 @@ class PhantomConfig:
     plan: Mapping[str, str] | None = None
     init: str = "auto"
     seed: int = 0
+    mixing: str = "pairwise"
+    latents: str = "own"
 
     layer_kind: ClassVar[str] = "phantom"
     is_exact: ClassVar[bool] = False
@@ -57,6 +66,7 @@ class PhantomConfig:
         check_plan_words(self.plan)
         if self.init not in INITS:
             raise PhantomError(f"init={self.init!r}: choose one of {', '.join(map(repr, INITS))}.")
+        check_mixing(self.mixing, self.latents)
         if not is_int(self.seed) or not 0 <= self.seed < 2**64:
             raise PhantomError(f"seed={self.seed!r}: needs an int in [0, 2**64).")
 
@@ -71,10 +81,12 @@ class PhantomConfig:
 
     def width_of(self, in_features: int, out_features: int) -> int | None:
         """The phantom width k of a layer of these sizes."""
-        return resolve_phantom_width(self.phantom_width, in_features, out_features, self.num_blocks)
+        return resolve_phantom_width(self.phantom_width, in_features, out_features, self.num_blocks, self.mixing)
 
     def __str__(self) -> str:
-        return f"num_blocks={self.num_blocks}"
+        mixing = "" if self.mixing == "pairwise" else f", mixing={self.mixing}"
+        latents = "" if self.latents == "own" else f", latents={self.latents}"
+        return f"num_blocks={self.num_blocks}{mixing}{latents}"
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,8 @@ class TensorParallelConfig:
     is_exact: ClassVar[bool] = True
     parts_name: ClassVar[str] = "num_ranks"
     init: ClassVar[str] = "from_dense"
+    mixing: ClassVar[str] = "pairwise"
+    latents: ClassVar[str] = "own"
 
     def __post_init__(self) -> None:
         if not is_int(self.num_ranks) or self.num_ranks < 1:
@@ -128,17 +142,23 @@ class TensorParallelConfig:
 Config = PhantomConfig | TensorParallelConfig
 
 
-def resolve_phantom_width(phantom_width: int | float, in_features: int, out_features: int, num_blocks: int) -> int:
+def resolve_phantom_width(
+    phantom_width: int | float, in_features: int, out_features: int, num_blocks: int, mixing: str = "pairwise"
+) -> int:
     """Return k for one layer: at least 1, and at most what adds anything to its off-diagonal blocks.
 
-    The off-diagonal part of one block column has the shape `[(p-1) * out/p, in/p]`, so a k above
-    `k_max = min(in/p, (p-1) * out/p)` buys nothing: beyond it the layer already holds every dense matrix.
+    What one set of compressors serves is a matrix [(p-1) * out/p, in/p] in pairwise mixing, the off-diagonal part of a
+    block column, and a single block [out/p, in/p] in private mixing. A k above the smaller of its sizes buys nothing:
+    beyond it the layer already holds every dense matrix. A fraction gives private mixing half, at least 1, of what it
+    gives pairwise mixing.
     """
     block_in, block_out = in_features // num_blocks, out_features // num_blocks
-    k_max = min(block_in, (num_blocks - 1) * block_out)
+    private = mixing == "private"
+    k_max = min(block_in, block_out if private else (num_blocks - 1) * block_out)
     if isinstance(phantom_width, Integral):
         return min(int(phantom_width), k_max)
-    return min(max(1, math.floor(phantom_width * min(in_features, out_features) / num_blocks)), k_max)
+    k = math.floor(phantom_width * min(in_features, out_features) / num_blocks)
+    return min(max(1, k // 2 if private else k), k_max)
 
 
 def num_blocks_of_environment() -> int | None:
@@ -168,6 +188,13 @@ def check_phantom_width(phantom_width: object) -> None:
         raise PhantomError(
             f"phantom_width={phantom_width!r}: needs an int (k) or a float (fraction of the block width)."
         )
+
+
+def check_mixing(mixing: object, latents: object) -> None:
+    """Raise PhantomError unless both are words of `PhantomConfig`."""
+    for name, value, words in (("mixing", mixing, MIXINGS), ("latents", latents, LATENTS)):
+        if value not in words:
+            raise PhantomError(f"{name}={value!r}: choose one of {', '.join(map(repr, words))}.")
 
 
 def check_plan_words(plan: object) -> None:

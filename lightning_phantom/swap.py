@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from lightning_phantom.errors import PhantomError, PlanError
 from lightning_phantom.layers.dense import features, make_linear, oriented
 from lightning_phantom.layers.factors import block_diagonal
 from lightning_phantom.layers.phantom import PhantomLinear
-from lightning_phantom.layers.split import SplitLinear
+from lightning_phantom.layers.split import SplitLinear, split_layers
 from lightning_phantom.layers.tensor_parallel import ParallelLinear
 from lightning_phantom.plan import transformer
 from lightning_phantom.plan.finder import plan_phantom
@@ -82,10 +82,10 @@ def carry_out(
         )
     _check_weights(module, plan)
     swapped: dict[str, SplitLinear] = {}
-    for planned in plan.swapped:
+    for planned in _in_order_of_chains(plan):
         linear: Any = module.get_submodule(planned.name)
         dense = [p for p in (linear.weight, linear.bias) if p is not None]
-        split = _split_layer(linear, planned, config, process_group, source_group)
+        split = _split_layer(linear, planned, config, process_group, source_group, swapped.get(planned.predecessor))
         swapped[planned.name] = _become(linear, split)
         for parameter in dense:
             on_replaced(parameter, swapped[planned.name])
@@ -93,7 +93,33 @@ def carry_out(
         group = tuple(swapped[name] for name in names)
         for layer in group:
             layer.siblings = group
+    _link_chains(module, swapped)
     transformer.switch_off(module, SplitLinear)
+
+
+def _in_order_of_chains(plan: Plan) -> list[PlannedLayer]:
+    """The layers to swap, in the order of the module, but each after its predecessor."""
+    before = {layer.name: layer.predecessor for layer in plan.swapped}
+
+    def place(layer: PlannedLayer) -> int:
+        depth, name = 0, layer.predecessor
+        while name:
+            depth, name = depth + 1, before[name]
+        return depth
+
+    return sorted(plan.swapped, key=place)
+
+
+def _link_chains(module: nn.Module, swapped: Mapping[str, SplitLinear]) -> None:
+    """Make predecessors and followers those of the module, where layers have just taken the places of others."""
+    here = {layer for layer in module.modules() if isinstance(layer, PhantomLinear)}
+    for layer in here:
+        layer.followers = tuple(follower for follower in layer.followers if follower in here)
+    for layer in here:
+        for predecessor in layer.predecessor:
+            now = predecessor if predecessor in here else swapped.get(predecessor.name, predecessor)
+            assert isinstance(now, PhantomLinear)
+            layer.follow(now)
 
 
 def _become(module: nn.Module, other: nn.Module) -> Any:
@@ -131,6 +157,7 @@ def _split_layer(
     config: Config,
     process_group: dist.ProcessGroup | None,
     source_group: dist.ProcessGroup | None,
+    predecessor: SplitLinear | None,
 ) -> SplitLinear:
     bias: Tensor | None = linear.bias
     weight = oriented(linear.weight, type(linear))
@@ -145,6 +172,8 @@ def _split_layer(
     if planned.phantom_width is None:
         split = ParallelLinear(*features(linear), CUTS[planned.decision], **kind)
     else:
+        assert predecessor is None or isinstance(predecessor, PhantomLinear)
+        kind |= {"mixing": config.mixing, "latents": planned.latents, "predecessor": predecessor}
         split = PhantomLinear(*features(linear), config.parts, planned.phantom_width, parts=planned.parts, **kind)
     split.name, split.init_seed = planned.name, config.seed
     split.train(linear.training)
@@ -185,12 +214,14 @@ def densify(module: nn.Module) -> nn.Module:
     """Return a copy of `module` with plain layers again: the same function, the original classes and dtypes.
 
     A phantom or tensor-parallel layer becomes what it was before (`nn.Linear`, or GPT-2's `Conv1D`), with its dense
-    weight. Collective when layers are shared between ranks; every rank gets the whole module.
+    weight. Collective when layers are shared between ranks; every rank gets the whole module. Layers that read latents
+    of others (`latents="both"` or `"previous"`) have no dense weight, so such a module cannot be densified.
 
     Args:
         module: what `phantomize_` or a strategy has swapped layers of; it is not changed.
 
     Raises:
+        PhantomError: a layer has no dense weight.
         RuntimeError: a tensor that cannot be copied, as `copy.deepcopy` has it (one with a gradient history).
 
     Example:
@@ -198,6 +229,9 @@ def densify(module: nn.Module) -> nn.Module:
         >>> type(densify(model)[0])
         <class 'torch.nn.modules.linear.Linear'>
     """
+    for layer in split_layers(module).values():
+        if not layer.has_dense_weight:
+            layer.dense_weight()  # which says why
     dense = copy.deepcopy(module)
     for layer in [m for m in dense.modules() if isinstance(m, SplitLinear)]:
         plain = _dense_layer(layer)

@@ -1,14 +1,16 @@
 """The format of a checkpoint: every key of it stands here, once, and what a checkpoint must agree on with a module.
 
 `state_dict`, and every other state dict of the model that a callback has put into the checkpoint (an average, say),
-holds dense weights under the module's own keys. Beside them, `"phantom"` holds what training needs to go on:
+holds dense weights under the module's own keys; of layers that no dense weight stands for (`latents`) it holds the
+factors under theirs, which a dense module refuses. Beside them, `"phantom"` holds what training needs to go on:
 
     version         1
     method          "phantom" (also where there is none) or "tensor_parallel"
     num_blocks      p, of phantom layers (`SplitLinear.shared_record`)
     layers          {name: {"in_features", "out_features", "bias", "phantom_width" of phantom layers,
                     "transposed" where dense weights are [in, out], "parts" where the factors' rows are in the order
-                    of `factors.by_block`}} (`SplitLinear.record`)
+                    of `factors.by_block`, "mixing" where it is not "pairwise", "latents" and "predecessor" where they
+                    are not its own}} (`SplitLinear.record`)
     factors         full, of phantom layers: [{"path": [keys down to a state dict], "tensors": {key: all ranks'}}, ...]
     split           sharded: {name: {parameter: the dimension along which it is split}}
     optimizers      per optimizer: {"state": {parameter name: ...}, "param_groups": [...]}, of all ranks
@@ -38,8 +40,9 @@ _VERSION, _METHOD, _LAYERS = "version", "method", "layers"
 _FACTORS, _SPLIT, _RNG, _CONVERTED = "factors", "split", "rng", "converted"
 _BLOCKS, _NO_METHOD = "num_blocks", "phantom"
 # Of a layer's record: what its module decides. The rest are settings of the strategy, under their own names.
-_OF_THE_MODULE = ("in_features", "out_features", "bias", "transposed")
-_FOLLOWED = "parts"  # which a layer takes over (`SplitLinear.follow`)
+_OF_THE_MODULE = ("in_features", "out_features", "bias", "transposed", "predecessor")
+_FOLLOWED = "parts"  # which a layer takes over (`SplitLinear.take_over`)
+_USUAL = {"mixing": "pairwise", "latents": "own"}  # of a record that does not say
 
 
 class SavedFactors(NamedTuple):
@@ -79,6 +82,9 @@ class PhantomRecord(NamedTuple):
     phantom_width: int
     transposed: bool = False
     parts: int = 1
+    mixing: str = _USUAL["mixing"]
+    latents: str = _USUAL["latents"]
+    predecessor: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """What is saved of it."""
@@ -240,8 +246,9 @@ def _check_layer(name: str, kind: str, theirs: Mapping[str, Any] | None, ours: M
         where = "the model" if theirs is None else "the checkpoint"
         raise CheckpointError(f"{name!r} is a {kind} layer only in {where}; use the plan it was saved with.")
     for key in {**theirs, **ours}.keys() - {_FOLLOWED}:
-        if theirs.get(key) != ours.get(key):
+        saved, here = (record.get(key, _USUAL.get(key)) for record in (theirs, ours))
+        if saved != here:
             raise CheckpointError(
-                f"{name!r} has {key}={theirs.get(key)} in the checkpoint and {key}={ours.get(key)} in the model; "
+                f"{name!r} has {key}={saved} in the checkpoint and {key}={here} in the model; "
                 f"resume with the {'module' if key in _OF_THE_MODULE else key} it was saved with."
             )

@@ -25,6 +25,8 @@ StandIns = dict[KeyPath, tuple[Tensor, Any]]
 def make_full(module: nn.Module, checkpoint: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> dict[str, Any]:
     """Return the checkpoint with dense weights in place of this rank's shards, and all ranks' factors beside them.
 
+    A layer that no dense weight stands for (it reads latents of another) has its factors in both places.
+
     What comes back is whole on the first rank of the group only. The given checkpoint is not changed.
     """
     factors: list[SavedFactors] = []
@@ -72,7 +74,7 @@ def take_share(module: nn.Module, checkpoint: Mapping[str, Any], as_read: StandI
             target = target[key]
         for base, layer in layers_named(module, entry.tensors).items():
             weight = f"{base}weight"
-            if (*entry.path, weight) in changed:
+            if layer.has_dense_weight and (*entry.path, weight) in changed:
                 rank_zero_warn(f"{weight!r} was changed after it was read: {layer.kind} factors are found anew.")
                 continue
             for name, tensor in tensors_of(layer, base, entry.tensors).items():
@@ -117,9 +119,12 @@ def _gather_state(module: nn.Module, state: Mapping[str, Any]) -> tuple[dict[str
             gathered = {n: _gather_whole(t, layer.split_of(n)) for n, t in tensors_of(layer, base, state).items()}
             whole = {name: tensor for name, tensor in gathered.items() if tensor is not None}
             if len(whole) == len(gathered):
-                dense[key] = oriented(layer.dense_from(whole), layer.dense_class).contiguous()
-                if "bias" in whole:
-                    dense[f"{base}bias"] = layer.bias_from(whole["bias"])
+                if layer.has_dense_weight:
+                    dense[key] = oriented(layer.dense_from(whole), layer.dense_class).contiguous()
+                    if "bias" in whole:
+                        dense[f"{base}bias"] = layer.bias_from(whole["bias"])
+                else:  # no dense module may take what it would compute something else with
+                    dense.update({base + name: tensor for name, tensor in whole.items()})
                 if layer.keeps_factors:
                     factors.update({base + name: tensor for name, tensor in whole.items()})
     return dense, factors

@@ -115,7 +115,7 @@ class Store:
             checkpoint = without_entry(checkpoint)
         check_fits(self.module, checkpoint)
         for name, record in records_of(checkpoint).items():
-            split_layers(self.module)[name].follow(record)
+            split_layers(self.module)[name].take_over(record)
         if is_full(checkpoint):
             return full.take_share(self.module, checkpoint, as_read)
         sharded.check_splits(self.module, checkpoint)

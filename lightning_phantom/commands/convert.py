@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lightning_phantom.checkpoints.format import names_of, num_blocks_of
+from lightning_phantom.checkpoints.format import names_of, num_blocks_of, phantom_layers_of
 from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.commands.terminal import command_parser, output_file, phantom_width, progress, show
 from lightning_phantom.config import PhantomConfig
@@ -144,7 +144,8 @@ def _convert(options: argparse.Namespace) -> Converted:
             merged, report = to_fewer_blocks(checkpoint, options.merge, folder, advance)
             # With fewer blocks more layers divide, and fewer shrink, so the plan that a strategy finds can be another.
             named = dict.fromkeys(names_of(merged), "phantom")
-            return merged, report, _use(num_blocks_of(merged), width_setting(merged), named)
+            mixing = next(iter(phantom_layers_of(merged).values())).mixing
+            return merged, report, _use(num_blocks_of(merged), width_setting(merged), named, mixing)
     if options.to == "dense":
         return *to_plain(checkpoint), "Any strategy takes it, as ckpt_path=, and so does load_from_checkpoint."
     recipe = Recipe([f"--config={path}" for path in options.config], "lightning-phantom convert")
@@ -163,7 +164,8 @@ def _convert(options: argparse.Namespace) -> Converted:
         calibration = CalibrationRun(recipe.make_trainer(**ALONE), module, data, options.calibrate)
     with progress(len(plan.swapped)) as advance:
         converted = to_phantom({**_hyper_parameters(module), **checkpoint}, plan, folder, calibration, advance)
-        return *converted, _use(config.num_blocks, config.phantom_width, config.plan)
+        how = config.plan, config.mixing, config.latents
+        return *converted, _use(config.num_blocks, config.phantom_width, *how)
 
 
 def _phantom_config(options: argparse.Namespace, recipe: Recipe) -> PhantomConfig:
@@ -172,7 +174,7 @@ def _phantom_config(options: argparse.Namespace, recipe: Recipe) -> PhantomConfi
     given = recipe.phantom_arguments(**{name: getattr(options, name) for name in names})
     if "num_blocks" not in given:
         raise PhantomError("--num-blocks is needed: the config's strategy does not say how many blocks.")
-    return PhantomConfig(**{name: given[name] for name in names if name in given})
+    return PhantomConfig(**{name: given[name] for name in (*names, "mixing", "latents") if name in given})
 
 
 def _hyper_parameters(module: pl.LightningModule) -> dict[str, Any]:
@@ -186,9 +188,17 @@ def _hyper_parameters(module: pl.LightningModule) -> dict[str, Any]:
     }
 
 
-def _use(num_blocks: int, phantom_width: int | float, plan: Mapping[str, str] | None) -> str:
+def _use(
+    num_blocks: int,
+    phantom_width: int | float,
+    plan: Mapping[str, str] | None,
+    mixing: str = "pairwise",
+    latents: str = "own",
+) -> str:
     """How to go on with a phantom checkpoint."""
     named = f", plan={dict(plan)}" if plan is not None else ""
+    named += f", mixing={mixing!r}" if mixing != "pairwise" else ""
+    named += f", latents={latents!r}" if latents != "own" else ""
     return (
         f"Take it with PhantomStrategy(num_blocks={num_blocks}, phantom_width={phantom_width}{named}), as ckpt_path= "
         f"of fit or validate."

@@ -67,6 +67,7 @@ def main(args: Sequence[str]) -> None:
     same_ranks, one_block = setting.sweep(num_ranks), setting.sweep()
     result: dict[str, Any] = {
         "config": {"num_blocks": config.num_blocks, "phantom_width": config.phantom_width, "num_ranks": num_ranks}
+        | {"mixing": config.mixing, "latents": config.latents}
         | {"tokens": options.tokens, "dtype": options.dtype},
         "machine": asdict(machine),
         "machine_origin": origin,
@@ -84,7 +85,7 @@ def main(args: Sequence[str]) -> None:
         ranks = options.simulate_ranks
         blocks, tokens = options.num_blocks or ranks, -(-options.tokens // ranks) * ranks
         wide = replace(setting, tokens=tokens, rest=NOTHING, exact=None, beside=False).scale(blocks, ranks)
-        shares = [replace(layer, phantom_width=setting.width(layer, blocks)) for layer in setting.layers]
+        shares = [setting.at(layer, blocks) for layer in setting.layers]
         measured = simulate(shares, blocks, ranks, tokens, options.dtype)
         show(simulation_table(wide, measured))
         result["simulation"] = wide.as_dict() | {"measured": {m: asdict(one) for m, one in measured.items()}}
@@ -151,7 +152,8 @@ def request(options: argparse.Namespace, recipe: Recipe) -> tuple[PhantomConfig,
         raise PhantomError("one rank and no number of blocks: give --num-blocks or --ranks, say --num-blocks 4.")
     if blocks % ranks:
         raise PhantomError(f"--ranks {ranks} does not divide num_blocks={blocks}; give --num-blocks or other --ranks.")
-    settings = {name: given[name] for name in ("phantom_width", "plan", "init") if name in given}
+    names = ("phantom_width", "plan", "init", "mixing", "latents")
+    settings = {name: given[name] for name in names if name in given}
     return PhantomConfig(blocks, **settings), ranks
 
 

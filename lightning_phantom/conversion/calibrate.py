@@ -24,9 +24,12 @@ from lightning_phantom.layers.dense import features
 from lightning_phantom.layers.factors import (
     Blocks,
     Factors,
+    by_compressor,
+    column_of,
     leading_vectors,
     settle,
     to_dense,
+    width_of,
     without,
 )
 
@@ -115,17 +118,21 @@ def calibrated(
         moments: of the calibration inputs.
     """
     p, metric = blocks.num_blocks, moments.metric(centred=bias is not None)
-    target, factors = weight.double(), Factors(*(f.double() for f in start))
+    target, factors = weight.double(), Factors(*(f.double() for f in start[:3]))
     for _ in range(ROUNDS):
         factors = refit(target, improve_columns(target, factors, metric, blocks), metric, blocks)
-    pairs = [
-        settle(c, d, j, blocks, ROUNDING * float(target.norm()))
-        for j, (c, d) in enumerate(zip(factors.compressor.chunk(p), _by_sender(factors, p), strict=True))
-    ]
+    pairs = []
+    for j, (c, d) in enumerate(zip(factors.compressor.chunk(p), _by_sender(factors, p), strict=True)):
+        made = iter(c.split(blocks.phantom_width))
+
+        def settled(rows: Tensor, generator: torch.Generator, made: Iterator[Tensor] = made) -> tuple[Tensor, Tensor]:
+            return settle(next(made), rows, generator, blocks, ROUNDING * float(target.norm()))
+
+        pairs.append(by_compressor(settled, d, j, blocks))
     factors = _factors(factors.weight, pairs, blocks)
     if bias is not None:
-        bias = (bias + (target - to_dense(factors, p)) @ moments.mean).to(bias.dtype)
-    return Factors(*(f.to(weight.dtype) for f in factors)), bias
+        bias = (bias + (target - to_dense(factors, p, blocks.mixing)) @ moments.mean).to(bias.dtype)
+    return Factors(*(f.to(weight.dtype) for f in factors[:3])), bias
 
 
 def refit(weight: Tensor, factors: Factors, metric: Tensor, blocks: Blocks) -> Factors:
@@ -134,12 +141,15 @@ def refit(weight: Tensor, factors: Factors, metric: Tensor, blocks: Blocks) -> F
     Features are linear in the inputs, f = F x, so in the metric M the normal equations are F M F^T [L, D]^T = F M W^T.
     """
     p, k, m = blocks.num_blocks, blocks.phantom_width, blocks.block_in
-    latents = torch.block_diag(*factors.compressor.chunk(p))  # [p*k, in]
+    latents = torch.block_diag(*factors.compressor.chunk(p))  # [p*r, in]
     seen = metric @ latents.T
+    made = torch.arange(len(latents)).view(p, -1, k)  # by sender, and in private mixing by receiver
     local, decompressor = [], []
     for i, rows in enumerate(weight.chunk(p)):
-        own, others = slice(i * m, (i + 1) * m), without(latents.T, i, k).T
-        cross = without(seen, i, k)  # M of every input with the latents of the others
+        private = blocks.mixing == "private"
+        read = torch.cat([made[j, i - (i > j) if private else 0] for j in range(p) if j != i])
+        own, others = slice(i * m, (i + 1) * m), latents[read]
+        cross = seen[:, read]  # M of every input with the latents of the others
         normal = torch.cat(
             [
                 torch.cat([metric[own, own], cross[own]], dim=1),
@@ -156,23 +166,28 @@ def refit(weight: Tensor, factors: Factors, metric: Tensor, blocks: Blocks) -> F
 def improve_columns(weight: Tensor, factors: Factors, metric: Tensor, blocks: Blocks) -> Factors:
     """Return the factors after one block column after the other got its best C_j and D_j, the others fixed.
 
+    (In private mixing each of its blocks by itself got its own.)
+
     What is missing in block column j, regressed on x_j, is B = (W - V) M_j M_jj^-1 + V_j. Its best approximation of
     width k in the metric M_jj = R R^T comes from the leading right singular vectors Q of B R: C_j = Q^T R^-1 and
     D_j = B R Q.
     """
     p, m = blocks.num_blocks, blocks.block_in
-    error = weight - to_dense(factors, p)
+    error = weight - to_dense(factors, p, blocks.mixing)
     pairs = []
     for j, (c, d) in enumerate(zip(factors.compressor.chunk(p), _by_sender(factors, p), strict=True)):
         columns = slice(j * m, (j + 1) * m)
         root = torch.linalg.cholesky(metric[columns, columns])
-        missing = torch.cholesky_solve((error @ metric[:, columns]).T, root).T + d @ c
-        missing[j * blocks.block_out : (j + 1) * blocks.block_out] = 0
-        vectors = leading_vectors(missing @ root, blocks.phantom_width)
-        compressor = torch.linalg.solve_triangular(root, vectors.T, upper=False, left=False)
-        decompressor = missing @ root @ vectors
-        error[:, columns] += d @ c - decompressor @ compressor
-        pairs.append((compressor, decompressor))
+        before = column_of(c, d, j, blocks)
+        missing = torch.cholesky_solve((error @ metric[:, columns]).T, root).T + before
+
+        def best(rows: Tensor, generator: Any, root: Tensor = root) -> tuple[Tensor, Tensor]:
+            vectors = leading_vectors(rows @ root, blocks.phantom_width)
+            return torch.linalg.solve_triangular(root, vectors.T, upper=False, left=False), rows @ root @ vectors
+
+        pair = by_compressor(best, missing, j, blocks)
+        error[:, columns] += before - column_of(*pair, j, blocks)
+        pairs.append(pair)
     return _factors(factors.weight, pairs, blocks)
 
 
@@ -185,7 +200,7 @@ def _augmented(layer: Affine) -> Tensor:
 
 def _by_sender(factors: Factors, p: int) -> list[Tensor]:
     """D_j [out, k] for each block column j, with zeros in the own block's rows."""
-    k = factors.compressor.shape[0] // p
+    k = width_of(factors, p)
     rows = [
         torch.cat([d[:, : i * k], d.new_zeros(d.shape[0], k), d[:, i * k :]], dim=1)
         for i, d in enumerate(factors.decompressor.chunk(p))
@@ -194,7 +209,7 @@ def _by_sender(factors: Factors, p: int) -> list[Tensor]:
 
 
 def _factors(local: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], blocks: Blocks) -> Factors:
-    """Factors of all blocks from L and each block column's C_j [k, m_in] and D_j [out, k]."""
+    """Factors of all blocks from L and each block column's C_j [r, m_in] and D_j [out, k]."""
     k = blocks.phantom_width
     rows = torch.cat([d for _, d in pairs], dim=1).chunk(blocks.num_blocks)
     decompressor = torch.cat([without(d, i, k) for i, d in enumerate(rows)])

@@ -45,6 +45,7 @@ from lightning_phantom.layers.factors import (
     from_dense,
     merge,
     to_dense,
+    width_of,
 )
 from lightning_phantom.layers.phantom import FACTORS, PhantomLinear
 from lightning_phantom.plan.record import Plan, PlannedLayer
@@ -139,8 +140,10 @@ def to_phantom(
         on_layer: called with the name of each layer before it is converted.
 
     Raises:
-        CheckpointError: it holds phantom layers already, or weights that nothing can start from.
+        CheckpointError: it holds phantom layers already, or weights that nothing can start from; or layers are asked
+            for that a dense weight says nothing about.
     """
+    _check_kind(plan.config)
     if _is_phantom(checkpoint):
         raise CheckpointError(
             f"the checkpoint holds phantom layers of {num_blocks_of(checkpoint)} blocks already. Merge their blocks "
@@ -156,8 +159,7 @@ def to_phantom(
         fit, held_out = statistics([layer.name for layer in group]) if statistics else ({}, {})
         for layer in group:
             on_layer(layer.name)
-            assert layer.phantom_width is not None
-            blocks = Blocks(layer.in_features, layer.out_features, p, layer.phantom_width, plan.config.seed, layer.name)
+            blocks = _blocks(layer, plan)
             weight = by_block(_turned(state[f"{layer.name}.weight"], layer.transposed), p, layer.parts)
             bias = state.get(f"{layer.name}.bias")
             bias = None if bias is None else by_block(bias, p, layer.parts)
@@ -165,11 +167,15 @@ def to_phantom(
             factors, new_bias = plain, bias
             if statistics:
                 factors, new_bias = calibrated(weight, bias, plain, blocks, fit[layer.name])
-            written = to_dense(factors, p), new_bias
-            result.store(layer.name, factors, *written, layer.transposed, layer.parts)
+            # Of the layer before nothing is read yet, so a dense weight says what the layer computes at first.
+            written = to_dense(factors, p, plan.config.mixing), new_bias
+            how = plan.config.mixing, layer.latents, layer.predecessor
+            result.store(layer.name, factors, *written, layer.transposed, layer.parts, *how)
             wrong = wrong_before = None
             if statistics:
-                wrong_before = held_out[layer.name].output_error((weight, bias), (to_dense(plain, p), bias))
+                wrong_before = held_out[layer.name].output_error(
+                    (weight, bias), (to_dense(plain, p, plan.config.mixing), bias)
+                )
                 wrong = held_out[layer.name].output_error((weight, bias), written)
             errors = (_relative(written[0], weight), wrong_before, wrong)
             result.report(blocks, errors, layer.weights_before, layer.weights_after)
@@ -185,6 +191,7 @@ def to_fewer_blocks(
         CheckpointError: it holds no phantom layers, or q is not possible.
     """
     p, layers = _phantom_layers(checkpoint)
+    _check_dense(layers)
     possible = [n for n in range(2, p) if p % n == 0]
     if q not in possible:
         raise CheckpointError(
@@ -193,22 +200,24 @@ def to_fewer_blocks(
             + "For one block use --to dense."
         )
     tensors = {key: t for entry in factors_of(checkpoint) if entry.path == _PATH for key, t in entry.tensors.items()}
-    if missing := [key for name in layers for key in (f"{name}.{f}" for f in FACTORS) if key not in tensors]:
+    if missing := [key for name in layers for key in (f"{name}.{f}" for f in FACTORS[:3]) if key not in tensors]:
         raise CheckpointError(f"the checkpoint is damaged: {missing[0]!r} is missing from its factors.")
     result = _Result(checkpoint, p // q, folder)
     for name, layer in layers.items():
         on_layer(name)
-        factors = Factors(*(tensors[f"{name}.{factor}"] for factor in FACTORS))
-        merged, bias = merge(factors, p, q), tensors.get(f"{name}.bias")
-        error = _relative(to_dense(merged, p // q), to_dense(factors, p))
+        factors = Factors(*(tensors[f"{name}.{factor}"] for factor in FACTORS[:3]))
+        mixing = layer.mixing
+        merged, bias = merge(factors, p, q, mixing), tensors.get(f"{name}.bias")
+        error = _relative(to_dense(merged, p // q, mixing), to_dense(factors, p, mixing))
         rows = merged.weight, merged.decompressor, *([] if bias is None else [bias])
         local, d, *biases = (by_coarse_block(each, p, layer.parts, q) for each in rows)
         merged, bias = Factors(local, merged.compressor, d), next(iter(biases), None)
-        result.store(name, merged, to_dense(merged, p // q), bias, layer.transposed, layer.parts)
-        k = merged.compressor.shape[0] // (p // q)
+        dense = to_dense(merged, p // q, mixing)
+        result.store(name, merged, dense, bias, layer.transposed, layer.parts, mixing)
+        k = width_of(merged, p // q)
         blocks = Blocks(layer.in_features, layer.out_features, p // q, k, 0, name)
-        before = phantom_weights(*blocks[:2], p, layer.phantom_width, bias is not None)
-        after = phantom_weights(*blocks[:4], bias is not None)
+        before = phantom_weights(*blocks[:2], p, layer.phantom_width, bias is not None, mixing)
+        after = phantom_weights(*blocks[:4], bias is not None, mixing)
         result.report(blocks, (error, None, None), before, after)
     return result.checkpoint(), ConversionReport(tuple(result.rows))
 
@@ -220,10 +229,11 @@ def to_plain(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], ConversionR
         CheckpointError: it holds no phantom layers.
     """
     p, layers = _phantom_layers(checkpoint)
+    _check_dense(layers)
     rows = []
     for name, layer in layers.items():
         n_in, n_out, bias = layer.in_features, layer.out_features, layer.bias
-        before = phantom_weights(n_in, n_out, p, layer.phantom_width, bias)
+        before = phantom_weights(n_in, n_out, p, layer.phantom_width, bias, layer.mixing)
         rows.append(ConvertedLayer(name, n_in, n_out, None, None, 0.0, None, None, before, n_in * n_out + bias * n_out))
     return _weights_alone(checkpoint, checkpoint["state_dict"]), ConversionReport(tuple(rows))
 
@@ -240,9 +250,12 @@ def width_setting(checkpoint: Mapping[str, Any]) -> int | float:
     smaller = [min(layer.in_features, layer.out_features) // p for layer in layers]
     least = max(k / m if k > 1 else 0 for k, m in zip(widths, smaller, strict=True))  # of any small fraction k = 1
     above = min((k + 1) / m for k, m in zip(widths, smaller, strict=True))
-    for choice in (max(widths), least, (least + above) / 2):
+    for choice in (max(widths), least, (least + above) / 2, 2 * least, least + above):
         if isinstance(choice, int) or choice <= 1:
-            resolved = [resolve_phantom_width(choice, layer.in_features, layer.out_features, p) for layer in layers]
+            resolved = [
+                resolve_phantom_width(choice, layer.in_features, layer.out_features, p, layer.mixing)
+                for layer in layers
+            ]
             if resolved == widths:
                 return choice
     raise CheckpointError(
@@ -262,14 +275,24 @@ class _Result:
         self.layers: dict[str, PhantomRecord] = {}
 
     def store(
-        self, name: str, factors: Factors, weight: Tensor, bias: Tensor | None, transposed: bool, parts: int
+        self,
+        name: str,
+        factors: Factors,
+        weight: Tensor,
+        bias: Tensor | None,
+        transposed: bool,
+        parts: int,
+        *how: str,
     ) -> None:
-        """Take a layer's factors, and the weight [out, in] and bias that they stand for, all in the blocks' order."""
-        (n_out, n_in), k = weight.shape, factors.compressor.shape[0] // self.num_blocks
-        self.layers[name] = PhantomRecord(n_in, n_out, bias is not None, k, transposed, parts)
+        """Take a layer's factors, the weight [out, in] and bias they stand for in the blocks' order, and the rest."""
+        (n_out, n_in), k = weight.shape, width_of(factors, self.num_blocks)
+        self.layers[name] = record = PhantomRecord(n_in, n_out, bias is not None, k, transposed, parts, *how)
         for factor, tensor in zip((*FACTORS, "bias"), (*factors, bias), strict=True):
             if tensor is not None:
                 self.tensors[f"{name}.{factor}"] = on_disk(tensor, self.folder)
+        if record.predecessor:  # it will read latents of another, which no dense weight stands for
+            self.state.update({key: t for key, t in self.tensors.items() if key.rpartition(".")[0] == name})
+            return
         weight = by_part(weight, self.num_blocks, parts)
         self.state[f"{name}.weight"] = on_disk(_turned(weight, transposed), self.folder)
         if bias is not None:
@@ -307,6 +330,34 @@ def _phantom_layers(checkpoint: Mapping[str, Any]) -> tuple[int, dict[str, Phant
         raise CheckpointError("the checkpoint is dense: it holds no phantom layers.")
     check_version(checkpoint)
     return num_blocks_of(checkpoint), phantom_layers_of(checkpoint)
+
+
+def _check_kind(config: Any) -> None:
+    """Raise CheckpointError for phantom layers that cannot be made from dense weights."""
+    if config.latents == "previous":
+        raise CheckpointError(
+            "latents='previous': these layers read latents of another value than the dense layer did, so its weight "
+            "says nothing about them. Train them from init='random'."
+        )
+
+
+def _check_dense(layers: Mapping[str, PhantomRecord]) -> None:
+    """Raise CheckpointError where a layer has no dense weight."""
+    for name, layer in layers.items():
+        if layer.predecessor:
+            raise CheckpointError(
+                f"{name!r} reads latents of {layer.predecessor!r} (latents={layer.latents!r}): no dense weight stands "
+                f"for it, so it can neither be made dense nor merged."
+            )
+
+
+def _blocks(layer: PlannedLayer, plan: Plan) -> Blocks:
+    """The blocks that a planned layer will have."""
+    assert layer.phantom_width is not None
+    widths = {other.name: other.phantom_width for other in plan.swapped}
+    sizes = layer.in_features, layer.out_features, plan.config.parts, layer.phantom_width
+    before = widths[layer.predecessor] if layer.predecessor else 0
+    return Blocks(*sizes, plan.config.seed, layer.name, plan.config.mixing, width_before=before or 0)
 
 
 def _turned(weight: Tensor, transposed: bool) -> Tensor:

@@ -12,6 +12,10 @@ group's ranks together, s bytes an element. For a square n x n linear:
 | TP, layer by layer | n^2/R | 2 b n^2/R | twice: layers (R-1)/R b in s, exit (R-1)/R^2 b out s |
 | TP, torch's own | n^2/R | 2 b n^2/R | forward 2 (R-1)/R b out s, backward 2 (R-1)/R b in s |
 | phantom | q (n^2/p^2 + k n) | 2 b q (n^2/p^2 + k n) | twice: layers (R-1) q k b s, entry and exit (R-1)/R^2 b w s |
+| phantom, private | q (n^2/p^2 + 2 (p-1) k n/p) | 2 b times that | the same, with (R-1) q^2 k b s for each layer |
+
+A layer that reads the latents of the one before it as well (`latents="both"`) has q (p-1) k n/p more weights, takes 2 b
+times as many FLOPs more, and sends nothing for it.
 
 Outside the layers every rank has its own tokens with all features, b/R of them; inside, the group's with its own
 features. Phantom goes from one to the other and back in all-to-alls. A column-parallel layer gathers its input (tokens
@@ -31,8 +35,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from lightning_phantom.config import check_phantom_width, is_int, resolve_phantom_width
-from lightning_phantom.cost.layer import Layer, as_layers, is_row
+from lightning_phantom.config import check_mixing, check_phantom_width, is_int
+from lightning_phantom.cost.layer import Layer, as_layers, is_row, latents_of
 from lightning_phantom.cost.methods import METHODS
 from lightning_phantom.errors import PhantomError
 
@@ -96,10 +100,25 @@ class CostEstimate:
     tensor_parallel_torch: Cost
 
 
-def phantom_weights(in_features: int, out_features: int, num_blocks: int, phantom_width: int, bias: bool) -> int:
-    """Parameters of a phantom layer, all ranks together: in*out/p + k*in + (p-1)*k*out, and out for the bias."""
-    p, k = num_blocks, phantom_width
-    return in_features * out_features // p + k * in_features + (p - 1) * k * out_features + bias * out_features
+def phantom_weights(
+    in_features: int,
+    out_features: int,
+    num_blocks: int,
+    phantom_width: int,
+    bias: bool,
+    mixing: str = "pairwise",
+    in_before: int = 0,
+    width_before: int = 0,
+) -> int:
+    """Parameters of a phantom layer, all ranks together: in*out/p + k*in + (p-1)*k*out, and out for the bias.
+
+    In private mixing it is (p-1)*k*in. Where the latents are made of the input of the layer before, `in_before` is that
+    one's width; where that layer's latents are read, too, `width_before` is their k.
+    """
+    p = num_blocks
+    made = (p - 1) * phantom_width if mixing == "private" else phantom_width
+    read = (p - 1) * (phantom_width + width_before)
+    return in_features * out_features // p + made * (in_before or in_features) + (read + bias) * out_features
 
 
 def estimate_cost(
@@ -110,6 +129,8 @@ def estimate_cost(
     tokens: int,
     dtype: object = "float32",
     entry_needs_grad: bool = True,
+    mixing: str = "pairwise",
+    latents: str = "own",
 ) -> CostEstimate:
     """Count weights, FLOPs, bytes and calls of a training step, per rank, for phantom and for tensor parallelism.
 
@@ -123,6 +144,8 @@ def estimate_cost(
             bytes are exact where every rank has as many.
         dtype: type of the activations that travel: a torch dtype or its name.
         entry_needs_grad: for pairs: whether the input of the first needs a gradient.
+        mixing: for pairs: how blocks mix, as in `PhantomConfig`; records have theirs.
+        latents: for pairs: which latents the layers read, each but the first.
 
     Returns:
         The record of the four costs.
@@ -136,20 +159,19 @@ def estimate_cost(
         0.3125
     """
     check_phantom_width(phantom_width)
+    check_mixing(mixing, latents)
     check_ints(("num_blocks", num_blocks, 2), ("num_ranks", num_ranks, 1), ("tokens", tokens, 0))
     if num_blocks % num_ranks:
         raise PhantomError(f"num_ranks={num_ranks} does not divide num_blocks={num_blocks}.")
     group = Group(num_ranks, tokens, element_bytes_of(dtype))
-    given, phantom = as_layers(layers, entry_needs_grad), Cost()
+    given, phantom = as_layers(layers, entry_needs_grad, mixing, latents), Cost()
     for layer in given:
         if layer.in_features % num_blocks or layer.out_features % num_blocks:
             raise PhantomError(
                 f"a layer of {layer.in_features} -> {layer.out_features} features does not divide into "
                 f"num_blocks={num_blocks} blocks."
             )
-        width = phantom_width if layer.phantom_width is None else layer.phantom_width
-        k = resolve_phantom_width(width, layer.in_features, layer.out_features, num_blocks)
-        phantom += _phantom(layer, group, num_blocks, k)
+        phantom += _phantom(layer.with_width(phantom_width, num_blocks), group, num_blocks)
     return CostEstimate(phantom, *(exact_cost(given, method, group) for method in TENSOR_PARALLEL))
 
 
@@ -204,13 +226,21 @@ class Collective(NamedTuple):
     kind: str = "exchange"
 
 
-def phantom_collectives(layer: Layer, group: Group, num_blocks: int, k: int) -> list[Collective]:
-    """All-to-alls at entry and exit; a gather of the latents, and a reduce-scatter of their gradients."""
+def phantom_collectives(layer: Layer, group: Group, num_blocks: int) -> list[Collective]:
+    """All-to-alls at entry and exit; a gather of the latents, and a reduce-scatter of their gradients.
+
+    In private mixing these are all-to-alls, too. The layer's width is resolved.
+    """
     if group.num_ranks == 1:
         return []
     entered, left = group.exchanged(layer.in_features), group.exchanged(layer.out_features)
     ways = (False, True)
-    found = [Collective("latents", back, group.gathered(num_blocks * k), 1 - layer.shares_input) for back in ways]
+    latents = latents_of(layer, num_blocks)
+    # A rank's q blocks send their k latents to every other rank, in private mixing once for each of its q blocks.
+    copies = num_blocks // group.num_ranks if layer.mixing == "private" else 1
+    sent = group.gathered(num_blocks * latents.width * copies)
+    alone = 1 - layer.shares_input
+    found = [Collective("latents", back, sent, alone and 1 - (latents.with_others and not back)) for back in ways]
     if layer.enters and not layer.shares_input:
         found += [Collective("input", back, entered, 1, True) for back in ways[: 1 + layer.needs_input_grad]]
     if layer.leaves:
@@ -284,14 +314,16 @@ def _torch_collectives(layer: Layer, group: Group, cut: Cut) -> list[Collective]
     return found
 
 
-def _phantom(layer: Layer, group: Group, p: int, k: int) -> Cost:
+def _phantom(layer: Layer, group: Group, p: int) -> Cost:
+    latents = latents_of(layer, p)
     q, m_in, m_out = p // group.num_ranks, layer.in_features // p, layer.out_features // p
-    local, compressor, decompressor = q * m_out * m_in, q * k * m_in, q * m_out * (p - 1) * k
+    local, compressor = q * m_out * m_in, q * latents.made * latents.in_features // p
+    decompressor = q * m_out * (p - 1) * (latents.width + latents.before)
     products = local + compressor + decompressor
     # Backward: a product per weight, and one per value that needs a gradient. The latents always need theirs.
-    backward = products + decompressor + (local + compressor) * layer.needs_input_grad
+    backward = products + decompressor + local * layer.needs_input_grad + compressor * latents.needs_grad
     weights = products + layer.bias * q * m_out
-    return _cost(weights, products, backward, group, phantom_collectives(layer, group, p, k))
+    return _cost(weights, products, backward, group, phantom_collectives(layer, group, p))
 
 
 def _exact(layer: Layer, group: Group, cut: Cut) -> Cost:

@@ -1,9 +1,10 @@
 """Predicts how long a step takes by each method: its stages, one by one, on a `machine`.
 
 Products, copies and collectives are those of the layers. Beside a phantom layer's latents lie the products with its
-diagonal blocks, beside what an exact layer gathers its own share's, beside gradients that are averaged the whole
-backward, beside weights that FSDP gathers the products of their own layer (it gathers the next layer's meanwhile).
-Nothing runs beside what enters, leaves, or is summed by a row-parallel layer, nor beside what torch's own sums.
+diagonal blocks (and those of the layer before, where they are made of that one's input), beside what an exact layer
+gathers its own share's, beside gradients that are averaged the whole backward, beside weights that FSDP gathers the
+products of their own layer (it gathers the next layer's meanwhile). Nothing runs beside what enters, leaves, or is
+summed by a row-parallel layer, nor beside what torch's own sums.
 
 Of what is neither a linear nor a collective little can be known without running the model. Two things are counted: one
 operation that treats every output of a linear by itself (forward it reads and writes it, backward it reads two and
@@ -15,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from lightning_phantom.config import resolve_phantom_width
 from lightning_phantom.cost.count import (
     TENSOR_PARALLEL,
     Collective,
@@ -28,7 +28,7 @@ from lightning_phantom.cost.count import (
     phantom_collectives,
 )
 from lightning_phantom.cost.data_parallel import NOTHING, Dense, Divided
-from lightning_phantom.cost.layer import Layer, as_layers, is_row
+from lightning_phantom.cost.layer import Layer, as_layers, is_row, latents_of
 from lightning_phantom.cost.machine import Machine, Stage, StepTime, Work, copy, product, step_time
 from lightning_phantom.cost.methods import METHODS
 
@@ -57,9 +57,7 @@ def predict(
     group, of_ranks = Group(num_ranks, tokens, size), (num_ranks, tokens, dtype)
     phantom: list[Stage] = []
     for layer in model.layers:
-        width = phantom_width if layer.phantom_width is None else layer.phantom_width
-        k = resolve_phantom_width(width, layer.in_features, layer.out_features, num_blocks)
-        phantom += phantom_stages(layer, num_blocks, k, group)
+        phantom += phantom_stages(layer.with_width(phantom_width, num_blocks), num_blocks, group)
     dense = model.dense
     stages = {
         "ddp": _replicated(dense, dense.cost(*of_ranks), group),
@@ -155,24 +153,33 @@ def exact_stages(layer: Layer, cut: Cut, group: Group) -> list[Stage]:
     return stages
 
 
-def phantom_stages(layer: Layer, num_blocks: int, k: int, group: Group) -> list[Stage]:
-    """Forward and backward of a phantom layer, in the words of `layers.phantom`."""
+def phantom_stages(layer: Layer, num_blocks: int, group: Group) -> list[Stage]:
+    """Forward and backward of a phantom layer, whose width is resolved, in the words of `layers.operator`."""
     p, q, tokens = num_blocks, num_blocks // group.num_ranks, group.tokens
-    m_in, m_out, others = layer.in_features // p, layer.out_features // p, (p - 1) * k
+    m_in, m_out, latents = layer.in_features // p, layer.out_features // p, latents_of(layer, num_blocks)
+    m_of, made = latents.in_features // p, latents.made
     local = product(q, tokens, m_in, m_out)  # L x
-    forward = product(q, tokens, m_in, k) + local + product(q, tokens, others, m_out)
-    forward += copy(tokens * p * k) + copy(q * tokens * others) + copy(tokens * q * m_out)
-    latents = product(q, tokens, m_out, others) + copy(q * tokens * others) + copy(tokens * p * k)  # h
-    factors = product(q, m_out, tokens, m_in) + product(q, m_out, tokens, others)  # dL and dD
+    forward = product(q, tokens, m_of, made) + local
+    forward += copy(tokens * p * made) + copy(tokens * q * m_out)
+    backward = product(q, made, tokens, m_of) + copy(tokens * q * m_out)  # dC and db
+    if latents.needs_grad:
+        backward += product(q, tokens, made, m_of)  # C^T h
+    factors = product(q, m_out, tokens, m_in)  # dL
     if layer.needs_input_grad:
         factors += product(q, tokens, m_out, m_in)  # L^T d
-    rest = product(q, k, tokens, m_in) + copy(tokens * q * m_out)  # dC and db
-    if layer.needs_input_grad:
-        rest += product(q, tokens, k, m_in)  # C^T h
-    stages = [Stage(forward), Stage(latents + factors + rest, backward=True)]
-    for sent in phantom_collectives(layer, group, p, k):
+    for others in ((p - 1) * width for width in (latents.width, latents.before) if width):
+        forward += product(q, tokens, others, m_out) + copy(q * tokens * others)
+        backward += product(q, tokens, m_out, others) + copy(q * tokens * others) + copy(tokens * p * made)  # h
+        factors += product(q, m_out, tokens, others)  # dD
+    stages = [Stage(forward), Stage(backward + factors, backward=True)]
+    beside = {False: local, True: factors}
+    if layer.latents == "previous" and layer.predecessor is not None:
+        theirs = layer.predecessor.in_features // p, layer.predecessor.out_features // p
+        beside[False] = Work() if latents.with_others else local + product(q, tokens, *theirs)
+        beside[True] += product(q, theirs[1], tokens, theirs[0])
+    for sent in phantom_collectives(layer, group, p):
         if sent.of == "latents":
-            stages.append(_stage(sent, Work(), factors if sent.backward else local))
+            stages.append(_stage(sent, Work(), beside[sent.backward]))
         elif sent.of == "statistics":
             stages.append(_stage(sent, Work(), Work()))
         else:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from lightning_phantom.config import resolve_phantom_width
 from lightning_phantom.cost.count import TENSOR_PARALLEL, Cost, Group, element_bytes_of, estimate_cost, exact_cost
 from lightning_phantom.cost.data_parallel import NOTHING, Dense, Divided, fsdp_cost
 from lightning_phantom.cost.layer import Layer
@@ -108,7 +107,7 @@ class Setting:
         Raises:
             PhantomError: the sizes do not fit each other.
         """
-        layers = tuple(replace(layer, phantom_width=self.width(layer, num_blocks)) for layer in self.layers)
+        layers = tuple(self.at(layer, num_blocks) for layer in self.layers)
         model, of_ranks = Divided(layers, self.rest), (num_ranks, self.tokens, self.dtype)
         exact = model if self.exact is None or not self.exact.divides_by(num_ranks) else self.exact
         arguments = (num_blocks, self.phantom_width, num_ranks, self.tokens)
@@ -129,11 +128,11 @@ class Setting:
         widths = tuple(sorted({layer.phantom_width or 0 for layer in layers}))
         return Scale(num_blocks, widths, num_ranks, self.tokens, self.dtype, costs, times)
 
-    def width(self, layer: Layer, num_blocks: int) -> int:
-        """A layer's k at this p."""
+    def at(self, layer: Layer, num_blocks: int) -> Layer:
+        """A layer with its k at this p."""
+        resolved = layer.without_width().with_width(self.phantom_width, num_blocks)
         # Where a block is no feature wide there is no k; the cost model refuses such sizes with its own words.
-        sizes = (layer.in_features, layer.out_features)
-        return max(1, resolve_phantom_width(self.phantom_width, *sizes, num_blocks))
+        return resolved if resolved.phantom_width else replace(resolved, phantom_width=1)
 
     def times_as_wide(self, factor: float) -> Setting:
         """The same model with so many times the features everywhere; k as it is asked for, and as many tokens."""

@@ -12,6 +12,7 @@ from one to the other therefore scales:
 | `gather_tokens` times c | `sum_tokens` times c R |
 | `sum_tokens` times c | `gather_tokens` times c / R |
 | `gather_latents` | `sum_latents` |
+| `transpose_latents` | `transpose_latents` |
 
 Where the ranks read one batch for all (`Rows.shared`), each has the same loss, and nothing is scaled. Every backward is
 an exchange of this file again, so gradients of any order are right.
@@ -56,6 +57,11 @@ def gather_latents(x: Tensor, ranks: Ranks, rows: Rows | None, what: str) -> Ten
 def sum_latents(x: Tensor, ranks: Ranks, rows: Rows, what: str) -> Tensor:
     """[R, T, w] on each rank -> this rank's [T, w] of their sum."""
     return x[0] if ranks.size == 1 else _Sum.apply(x, ranks, rows, what)
+
+
+def transpose_latents(x: Tensor, ranks: Ranks, rows: Rows | None, what: str) -> Tensor:
+    """[R, T, w], a part for each rank -> [R, T, w], a part from each."""
+    return x if ranks.size == 1 else _Transpose.apply(x, ranks, rows, what)
 
 
 _CONJUGATES = {
@@ -103,6 +109,17 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _Gather.apply(grad, *ctx.among), None, None, None
+
+
+class _Transpose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks, rows: Rows, what: str) -> Tensor:
+        ctx.among = ranks, rows, _of_gradients(what)
+        return ranks.transpose(x, rows, what)()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Transpose.apply(grad, *ctx.among), None, None, None
 
 
 def _of_gradients(what: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,23 @@ from lightning_phantom.distributed.agreement import Agreement, Rows, agreement_o
 from lightning_phantom.errors import PhantomError
 
 Waiting = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Arriving:
+    """Values that a collective under way writes; calling it waits for them.
+
+    Attributes:
+        tensor: where they will be.
+        wait: returns it when they are there.
+    """
+
+    tensor: Tensor
+    wait: Waiting
+
+    def __call__(self) -> Tensor:
+        """Wait for them."""
+        return self.wait()
 
 
 class Ranks:
@@ -84,7 +102,7 @@ class Ranks:
     def to_tokens(self, y: Tensor, rows: Rows, what: str, scale: float = 1.0) -> Waiting:
         """The group's tokens, own features [T, w/R] -> own tokens, all features [t, w]."""
         if rows.shared:
-            arriving = self.all_gather(y, rows, what)
+            arriving: Waiting = self.all_gather(y, rows, what)
         else:
             n = (rows.counts[self.rank],) * self.size
             flat = self._all_to_all(y.contiguous(), n, rows.counts, "all_to_all", what, rows)
@@ -99,7 +117,7 @@ class Ranks:
             return lambda: _copy(x, scale)
         most = max(rows.counts)
         padded = torch.cat([x, x.new_zeros(most - x.shape[0], x.shape[1])]) if x.shape[0] < most else x
-        arriving = self.all_gather(padded if scale == 1 else padded * scale, rows, what)
+        arriving: Waiting = self.all_gather(padded if scale == 1 else padded * scale, rows, what)
         if len(set(rows.counts)) == 1:
             return lambda: arriving().flatten(0, 1)
         return lambda: torch.cat([part[:t] for part, t in zip(arriving(), rows.counts, strict=True)])
@@ -118,15 +136,23 @@ class Ranks:
 
     # Within the group's tokens
 
-    def all_gather(self, shard: Tensor, rows: Rows | None, what: str) -> Waiting:
+    def all_gather(self, shard: Tensor, rows: Rows | None, what: str) -> Arriving:
         """[*, w] of each rank -> [R, *, w], by rank."""
         if self.size == 1:
-            return lambda: shard.unsqueeze(0)
+            return _here(shard.unsqueeze(0))
         what = self._agree(what, shard, rows)
         shard = shard.contiguous()
         gathered = shard.new_empty((self.size, *shard.shape))
         work = comm.start_all_gather(gathered.flatten(0, 1), shard, self.process_group)
-        return self._waiting(work, what, lambda: gathered)
+        return Arriving(gathered, self._waiting(work, what, lambda: gathered))
+
+    def transpose(self, parts: Tensor, rows: Rows | None, what: str) -> Arriving:
+        """Parts [R, T, w], one for each rank -> [R, T, w], one from each."""
+        if self.size == 1:
+            return _here(parts)
+        n = (parts.shape[1],) * self.size
+        arriving = self._all_to_all(parts.flatten(0, 1), n, n, "all_to_all", what, rows)
+        return Arriving(arriving.tensor.view_as(parts), lambda: arriving().view_as(parts))
 
     def reduce_scatter(self, parts: Tensor, rows: Rows | None, what: str) -> Waiting:
         """Parts [R, *, w] -> this rank's [*, w] of their sum over the ranks."""
@@ -153,11 +179,11 @@ class Ranks:
 
     def _all_to_all(
         self, sent: Tensor, rows_in: tuple[int, ...], rows_out: tuple[int, ...], kind: str, what: str, rows: Rows | None
-    ) -> Waiting:
+    ) -> Arriving:
         what = self._agree(what, sent, rows)
         received = sent.new_empty((sum(rows_in), *sent.shape[1:]))
         work = comm.start_all_to_all(received, sent, self.process_group, rows_in, rows_out, kind)
-        return self._waiting(work, what, lambda: received)
+        return Arriving(received, self._waiting(work, what, lambda: received))
 
     @property
     def _on_gloo(self) -> bool:
@@ -199,6 +225,10 @@ class Ranks:
     def gather_to_first(self, shard: Tensor) -> list[Tensor] | None:
         """Give the shards of all ranks to the group's first, None to the others."""
         return [shard] if self.size == 1 else comm.gather_to_first(shard, self.process_group)
+
+
+def _here(values: Tensor) -> Arriving:
+    return Arriving(values, lambda: values)
 
 
 def _side_by_side(parts: Tensor, scale: float) -> Tensor:

@@ -228,6 +228,10 @@ def _require_grad(activation: Held, requires_grad: bool = True) -> Held:
     return activation
 
 
+def _set_requires_grad(activation: Held, requires_grad: bool) -> None:
+    _require_grad(activation, requires_grad)
+
+
 def _autograd_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
     asked = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     held = [x.local if isinstance(x, Held) and x.local is not None else plain(x, "grad") for x in asked]
@@ -253,6 +257,6 @@ SPECIAL: dict[Any, Callable[..., Any]] = {
     Tensor.register_hook: _register_hook,
     Tensor.retain_grad: _retain_grad,
     Tensor.requires_grad_: _require_grad,
-    Tensor.requires_grad.__set__: lambda activation, flag: _require_grad(activation, flag) and None,  # type: ignore[attr-defined]
+    Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
     torch.autograd.grad: _autograd_grad,
 }

@@ -25,6 +25,18 @@ x and z lie in feature layout here: the T tokens of the whole group, [T, q*m_in]
 
 Traffic per layer: one all-gather of g forward and one reduce-scatter of h backward, q*k features of each of the T
 tokens per rank. Both run while the products with L, which need nothing from elsewhere, are computed.
+
+Siblings, by how blocks mix and by which latents a layer reads (g' are those of the layer before it in its chain):
+
+| | z_i = L_i x_i + b_i and | |
+|---|---|---|
+| `mixing="private"` | sum over j != i of D_ij (C_ij x_j) | C_ij [k, m_in]; C [p*(p-1)*k, in/p] (`private`) |
+| `latents="both"` | sum over j != i of D_ij g_j + E_ij g'_j | E_ij [m_out, k'] in `decompressor_before_weight` |
+| `latents="previous"` | sum over j != i of D_ij (C_j x'_j) | x' is what the layer before has read; C_j [k, in'/p] |
+
+The latents g' are there already, and cost no bytes: E^T d joins the h of the layer before. Those of x' leave when the
+layer before starts, and are read when this one has done its product with L; their gradient leaves when this one's
+backward starts, and is read when that of the layer before has done its products.
 """
 
 from __future__ import annotations
@@ -37,11 +49,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
-from lightning_phantom.config import check_phantom_width, is_int, resolve_phantom_width
+from lightning_phantom.config import check_mixing, check_phantom_width, is_int, resolve_phantom_width
 from lightning_phantom.distributed.agreement import Rows
-from lightning_phantom.distributed.exchange import gather_latents
-from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import PhantomError
+from lightning_phantom.layers.chain import Letter, Mailbox, mode
+from lightning_phantom.layers.cut import Cut
 from lightning_phantom.layers.factors import (
     Blocks,
     Factors,
@@ -52,10 +64,11 @@ from lightning_phantom.layers.factors import (
     random_factors,
     to_dense,
 )
-from lightning_phantom.layers.split import SplitLinear, of_those_read
-from lightning_phantom.layers.twice import differentiate
+from lightning_phantom.layers.mixing import MIXINGS
+from lightning_phantom.layers.operator import Call, Message, Mix, Part, mix
+from lightning_phantom.layers.split import SplitLinear, cast, key_of
 
-FACTORS = ("weight", "compressor_weight", "decompressor_weight")
+FACTORS = ("weight", "compressor_weight", "decompressor_weight", "decompressor_before_weight")
 
 
 class PhantomLinear(SplitLinear):
@@ -70,6 +83,9 @@ class PhantomLinear(SplitLinear):
         num_blocks: p, at least 2 and a multiple of the group's size R.
         phantom_width: k, as an int or as a fraction of the block width (see `PhantomConfig`).
         bias: whether to learn an additive bias.
+        mixing: `"pairwise"` or `"private"`, as in `PhantomConfig`.
+        latents: `"own"`, `"both"` or `"previous"`, as in `PhantomConfig`; but for the first it has a predecessor.
+        predecessor: the layer whose latents, or the latents of whose input, it reads. That one is called before it.
         process_group: the ranks that hold the layer between them; `None`: this process holds all of it.
         dense_class: the kind of layer that it stands for; dense state dicts are in that one's orientation.
         parts: 2 where the output is a gate and what it gates, side by side: block i then has features i of each part.
@@ -77,7 +93,7 @@ class PhantomLinear(SplitLinear):
         dtype: type of the parameters.
 
     Raises:
-        PhantomError: sizes that do not divide.
+        PhantomError: sizes that do not divide, or a predecessor that is missing or of no use.
 
     Example:
         >>> layer = PhantomLinear(64, 32, num_blocks=4, phantom_width=2)
@@ -91,6 +107,7 @@ class PhantomLinear(SplitLinear):
 
     compressor_weight: nn.Parameter
     decompressor_weight: nn.Parameter
+    decompressor_before_weight: nn.Parameter
 
     def __init__(
         self,
@@ -100,6 +117,9 @@ class PhantomLinear(SplitLinear):
         phantom_width: int | float,
         bias: bool = True,
         *,
+        mixing: str = "pairwise",
+        latents: str = "own",
+        predecessor: PhantomLinear | None = None,
         process_group: ProcessGroup | None = None,
         dense_class: type[nn.Module] = nn.Linear,
         parts: int = 1,
@@ -112,18 +132,31 @@ class PhantomLinear(SplitLinear):
             raise PhantomError(f"parts={parts} of {out_features} features do not divide into num_blocks={num_blocks}.")
         self._order = _Order(parts)
         check_phantom_width(phantom_width)
+        check_mixing(mixing, latents)
+        _check_predecessor(predecessor, latents, num_blocks, mixing)
         self.num_blocks = num_blocks
-        self.phantom_width = resolve_phantom_width(phantom_width, in_features, out_features, num_blocks)
+        self.mixing, self.latents = mixing, latents
+        self.phantom_width = resolve_phantom_width(phantom_width, in_features, out_features, num_blocks, mixing)
+        # In tuples: they are no modules of this one.
+        self.predecessor: tuple[PhantomLinear, ...] = ()
+        self.followers: tuple[PhantomLinear, ...] = ()
+        self.mailbox = Mailbox()
+        self.in_before = self.width_before = 0
+        if predecessor is not None:
+            self.follow(predecessor)
 
-        held, m_in = num_blocks // self.ranks.size, in_features // num_blocks
-        out_here, k = out_features // self.ranks.size, self.phantom_width
+        held, out_here = num_blocks // self.ranks.size, out_features // self.ranks.size
+        rows, width = self.blocks.compressor_shape
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
-        self.weight = parameter(out_here, m_in)
-        self.compressor_weight = parameter(held * k, m_in)
-        self.decompressor_weight = parameter(out_here, (num_blocks - 1) * k)
+        self.weight = parameter(out_here, in_features // num_blocks)
+        self.compressor_weight = parameter(held * rows, width)
+        self.decompressor_weight = parameter(out_here, (num_blocks - 1) * self.phantom_width)
+        if self.width_before:
+            self.decompressor_before_weight = parameter(out_here, (num_blocks - 1) * self.width_before)
+            self.split_dims = {**self.split_dims, "decompressor_before_weight": 0}
         if bias:
             self.bias = parameter(out_here)
         else:
@@ -139,18 +172,26 @@ class PhantomLinear(SplitLinear):
     def blocks(self) -> Blocks:
         """The layer's sizes and the key of its random numbers."""
         seed = 0 if self.init_seed is None else self.init_seed
-        return Blocks(self.in_features, self.out_features, self.num_blocks, self.phantom_width, seed, self.name)
+        sizes = self.in_features, self.out_features, self.num_blocks, self.phantom_width
+        return Blocks(*sizes, seed, self.name, self.mixing, self.in_before, self.width_before)
 
-    def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """This rank's L, C, D and b."""
-        return self.weight, self.compressor_weight, self.decompressor_weight, self.bias
+    def follow(self, predecessor: PhantomLinear) -> None:
+        """Read what `predecessor` leaves for it; a layer follows one other."""
+        for before in self.predecessor:
+            before.followers = tuple(layer for layer in before.followers if layer is not self)
+        self.predecessor = (predecessor,)
+        self.in_before = predecessor.in_features if self.latents == "previous" else 0
+        self.width_before = predecessor.phantom_width if self.latents == "both" else 0
+        predecessor.followers = (*predecessor.followers, self)
+
+    def factors(self) -> tuple[Tensor | None, ...]:
+        """This rank's L, C, D, b and E."""
+        before = self.decompressor_before_weight if self.width_before else None
+        return self.weight, self.compressor_weight, self.decompressor_weight, self.bias, before
 
     def alone(self, x: Tensor, factors: Sequence[Any]) -> Tensor:
         """Apply the layer to x [tokens, in] in a process that holds all of it."""
-        plainly = not torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_transformed()
-        if plainly:
-            return self._by_part(_mix(x, self.ranks, None, "", self.num_blocks, *factors))
-        return self._by_part(_Mix.apply(x, self.ranks, None, "", self.num_blocks, *factors)[0])
+        return self._mix([self], x, None, factors)[0]
 
     def _by_part(self, z: Tensor) -> Tensor:
         """Z [tokens, out/R], block by block -> part by part."""
@@ -161,8 +202,48 @@ class PhantomLinear(SplitLinear):
         self, layers: Sequence[PhantomLinear], x: Tensor, rows: Rows, inside: bool, factors: Sequence[Any]
     ) -> list[Tensor]:
         """Apply `layers` to x [T, in/R]; see `SplitLinear`."""
-        what = f"latents of {self.name!r}"
-        zs = _Mix.apply(x, self.ranks, rows, what, self.num_blocks, *factors)
+        return self._mix(layers, x, rows, factors)
+
+    def _mix(
+        self, layers: Sequence[PhantomLinear], x: Tensor, rows: Rows | None, factors: Sequence[Any]
+    ) -> list[Tensor]:
+        counts = (x.shape[0],) if rows is None else rows.counts
+        each = len(factors) // len(layers)
+        parts: list[Part] = []
+        messages: list[Message | None] = []
+        for n, layer in enumerate(layers):
+            weight, compressor, decompressor, bias, before = factors[n * each : (n + 1) * each]
+            letter = None
+            if layer.predecessor:
+                letter = layer.mailbox.take(layer.name, layer.predecessor[0].name, counts, x.dtype)
+            if letter is not None and layer.in_before:
+                compressor, decompressor, before = None, None, decompressor
+            latents = None if letter is None else letter.latents
+            parts.append(Part(weight, compressor, decompressor, bias, before, latents))
+            messages.append(None if letter is None else letter.message)
+        asking = [(n, follower) for n, layer in enumerate(layers) for follower in layer.followers]
+        stale = [follower for _, follower in asking if follower.in_before]
+        asked = tuple(Message(None) for _ in stale)
+        call = Call(
+            Cut(self.num_blocks, self.ranks),
+            MIXINGS[self.mixing],
+            rows,
+            f"latents of {self.name!r}" if rows else "",
+            len(layers),
+            tuple(messages),
+            asked,
+        )
+        tensors = [tensor for part in parts for tensor in part]
+        tensors += cast(x, [follower.compressor_weight for follower in stale])[1]
+        plainly = not torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_transformed()
+        outputs = mix(x, call, *tensors) if rows is None and plainly else Mix.apply(x, call, *tensors)
+        zs, made = list(outputs[: len(layers)]), outputs[len(layers) :]
+        own, further = iter(made), iter(zip(made[len(made) - len(stale) :], asked, strict=True))
+        latents_of = [next(own) if part.compressor is not None else None for part in parts]
+        for n, follower in asking:
+            latents, message = next(further) if follower.in_before else (latents_of[n], None)
+            assert latents is not None  # whom others read has latents of its own input
+            follower.mailbox.letter = Letter(latents, message, counts, mode())
         return [layer._by_part(z) for layer, z in zip(layers, zs, strict=True)]
 
     @torch.no_grad()
@@ -183,13 +264,16 @@ class PhantomLinear(SplitLinear):
         self.weight.copy_(factors.weight)
         self.compressor_weight.copy_(factors.compressor)
         self.decompressor_weight.copy_(factors.decompressor)
+        if factors.decompressor_before is not None:
+            self.decompressor_before_weight.copy_(factors.decompressor_before)
 
     @torch.no_grad()
     def local_state(self, weight: Tensor | None, bias: Tensor | None) -> dict[str, Tensor]:
         """This rank's factors of the best approximation of a dense weight [out, in], and its bias; collective."""
         state: dict[str, Tensor] = {}
         if weight is not None:
-            state.update(zip(FACTORS, from_dense(self.by_block(weight), self.blocks, self.ranks), strict=True))
+            factors = zip(FACTORS, from_dense(self.by_block(weight), self.blocks, self.ranks), strict=True)
+            state.update({name: factor for name, factor in factors if factor is not None})
         if bias is not None:
             state["bias"] = self.share_of("bias", self.by_block(bias))
         return state
@@ -198,23 +282,45 @@ class PhantomLinear(SplitLinear):
         """The rows [out, *] of a dense weight or bias, in the order of the blocks."""
         return by_block(rows, self.num_blocks, self.parts)
 
+    def dense_weight(self) -> Tensor:
+        """Return the dense weight [out, in] of the same linear map; collective when R > 1.
+
+        Raises:
+            PhantomError: there is none, because the layer reads latents of the one before it.
+        """
+        if not self.has_dense_weight:
+            raise PhantomError(
+                f"{self.name or type(self).__name__!r} reads latents of {self.predecessor[0].name!r} "
+                f"(latents={self.latents!r}): what it computes is no linear map of its input, and no dense weight "
+                f"stands for it."
+            )
+        return super().dense_weight()
+
     def dense_from(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The dense weight [out, in] that the factors of all ranks stand for."""
-        dense = to_dense(Factors(*(tensors[name] for name in FACTORS)), self.num_blocks)
+        dense = to_dense(Factors(*(tensors[name] for name in FACTORS[:3])), self.num_blocks, self.mixing)
         return by_part(dense, self.num_blocks, self.parts)
 
     def bias_from(self, whole: Tensor) -> Tensor:
         """The dense bias [out]: the parameter, part by part."""
         return by_part(whole, self.num_blocks, self.parts)
 
-    def follow(self, record: Mapping[str, Any]) -> None:
+    @property
+    def has_dense_weight(self) -> bool:
+        """Whether a dense linear computes the same from the same input."""
+        return not self.predecessor
+
+    def take_over(self, record: Mapping[str, Any]) -> None:
         """Take over whether the output is cut in parts: earlier releases cut it as one, whatever it was."""
         self._order.parts = record.get("parts", 1)
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the layer that loads it."""
+        mixing = {} if self.mixing == "pairwise" else {"mixing": self.mixing}
+        before = [key_of(layer.name) for layer in self.predecessor]
+        chain = {"latents": self.latents, "predecessor": before[0]} if before else {}
         in_parts = {"parts": self.parts} if self.parts > 1 else {}
-        return {**super().record(), "phantom_width": self.phantom_width, **in_parts}
+        return {**super().record(), "phantom_width": self.phantom_width, **mixing, **chain, **in_parts}
 
     def shared_record(self) -> dict[str, Any]:
         """What all layers of one model have in common: p."""
@@ -222,11 +328,12 @@ class PhantomLinear(SplitLinear):
 
     def extra_repr(self) -> str:
         """Describe the layer in `repr`."""
+        mixing = "" if self.mixing == "pairwise" else f"mixing={self.mixing}, "
+        latents = f"latents={self.latents} with {self.predecessor[0].name!r}, " if self.predecessor else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"num_blocks={self.num_blocks}, phantom_width={self.phantom_width}, ranks={self.ranks.size}"
-            + f", parts={self.parts}"
-            * (self.parts > 1)
+            f"num_blocks={self.num_blocks}, phantom_width={self.phantom_width}, {mixing}{latents}"
+            f"ranks={self.ranks.size}" + f", parts={self.parts}" * (self.parts > 1)
         )
 
 
@@ -253,161 +360,23 @@ def _check_sizes(in_features: int, out_features: int, num_blocks: int, num_ranks
         )
 
 
+def _check_predecessor(predecessor: Any, latents: str, num_blocks: int, mixing: str) -> None:
+    if (predecessor is not None) != (latents != "own"):
+        raise PhantomError(
+            f"latents={latents!r}: needs a predecessor, the layer before it in its chain."
+            if predecessor is None
+            else "a predecessor is read where latents is 'both' or 'previous': this layer reads its own."
+        )
+    if predecessor is not None and (predecessor.num_blocks, predecessor.mixing) != (num_blocks, mixing):
+        raise PhantomError(
+            f"the predecessor has num_blocks={predecessor.num_blocks}, mixing={predecessor.mixing!r}, the layer "
+            f"num_blocks={num_blocks}, mixing={mixing!r}: they must be the same."
+        )
+    if latents == "both" and predecessor.latents == "previous":
+        raise PhantomError("latents='both' needs a predecessor that makes latents of its own input.")
+
+
 def _is_transformed() -> bool:
-    """Whether torch.func, forward-mode differentiation or a trace is at work, which know operations but not `_Mix`."""
+    """Whether torch.func, forward-mode differentiation or a trace is at work, which know operations but not `Mix`."""
     is_traced = torch._C._get_tracing_state() is not None
     return is_traced or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def _mix(
-    x: Tensor,
-    ranks: Ranks,
-    rows: Rows | None,
-    what: str,
-    p: int,
-    local: Tensor,
-    c: Tensor,
-    d: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    """What `_Mix` computes for one layer, as operations that compilers and transforms know, with any gradient.
-
-    Without gradients it also takes less time for a few tokens, as in decoding: fewer views are made.
-    """
-    q, held = p // ranks.size, range(p)[ranks.slice_of(p)]
-    xs = _features(x, q)
-    g_own = torch.bmm(xs, _rows(c, q).mT).transpose(0, 1).flatten(1)
-    g = gather_latents(g_own, ranks, rows, what).transpose(0, 1).flatten(1) if ranks.size > 1 else g_own
-    z = torch.baddbmm(torch.bmm(xs, _rows(local, q).mT), _of_others(g, held, p), _rows(d, q).mT)
-    z = z.transpose(0, 1).flatten(1)
-    return z if bias is None else z + bias
-
-
-class _Mix(torch.autograd.Function):
-    """The operator of the module's docstring, for one or more layers that read the same x [T, in/R].
-
-    `factors` holds L, C, D and b (or None) of each layer in turn, and one z [T, out/R] comes back for each. The layers'
-    latents travel side by side in one collective. The q blocks of this rank are the batch dimension of every product:
-    activations [T, q*w] are seen as [q, T, w], factors [q*rows, w] as [q, rows, w].
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, ranks: Ranks, rows: Rows | None, what: str, p: int, *factors: Any
-    ) -> tuple[Tensor, ...]:
-        q, held = p // ranks.size, range(p)[ranks.slice_of(p)]
-        layers = [factors[n : n + 4] for n in range(0, len(factors), 4)]
-        widths = [c.shape[0] for _, c, _, _ in layers]  # q*k
-        xs = _features(x, q)
-
-        g_own = x.new_empty(x.shape[0], sum(widths))
-        for (_, c, _, _), g in zip(layers, g_own.split(widths, 1), strict=True):
-            torch.bmm(xs, _rows(c, q).mT, out=_features(g, q))
-        g_all = ranks.all_gather(g_own, rows, what)
-
-        zs = [x.new_empty(x.shape[0], local.shape[0]) for local, *_ in layers]
-        for (local, *_), z in zip(layers, zs, strict=True):
-            torch.bmm(xs, _rows(local, q).mT, out=_features(z, q))
-
-        gs = [g.transpose(0, 1).flatten(1) for g in g_all().split(widths, 2)]  # [tokens, p*k]
-        for (_, _, d, bias), g, z in zip(layers, gs, zs, strict=True):
-            z_blocks = _features(z, q)
-            torch.baddbmm(z_blocks, _of_others(g, held, p), _rows(d, q).mT, out=z_blocks)
-            if bias is not None:
-                z += bias
-
-        ctx.among = ranks, rows, what, p
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *gs, *factors)
-        return tuple(zs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads_of_z: Tensor | None) -> tuple[Tensor | None, ...]:
-        ranks, rows, what, p = ctx.among
-        q, held = p // ranks.size, range(p)[ranks.slice_of(p)]
-        x, *saved = ctx.saved_tensors
-        gs, factors = saved[: len(grads_of_z)], saved[len(grads_of_z) :]
-        needs_x, _, _, _, _, *needs = ctx.needs_input_grad
-        dzs, needs = of_those_read(grads_of_z, needs, factors, x.shape[0])
-        if torch.is_grad_enabled():
-            return _Mix.differentiable_backward(ctx.among, (x, *factors), (needs_x, *needs), dzs)
-        layers = [factors[n : n + 4] for n in range(0, len(factors), 4)]
-        widths = [c.shape[0] for _, c, _, _ in layers]
-        needs_h = needs_x or any(needs[1::4])
-        xs, ds = _features(x, q), [_features(dz, q) for dz in dzs]
-
-        if needs_h:
-            hs = [
-                _sum_over_others(torch.bmm(d_z, _rows(d, q)), held, p)
-                for d_z, (_, _, d, _) in zip(ds, layers, strict=True)
-            ]
-            h_all = torch.cat([h.unflatten(1, (ranks.size, -1)).transpose(0, 1) for h in hs], dim=2)
-            h_own = ranks.reduce_scatter(h_all, rows, f"gradient: {what}")
-
-        grads: list[Tensor | None] = [None] * len(factors)
-        dx = torch.empty_like(x) if needs_x else None
-        for n, (d_z, g, (local, _, d, _)) in enumerate(zip(ds, gs, layers, strict=True)):
-            if needs[4 * n]:
-                grads[4 * n] = torch.bmm(d_z.mT, xs).view_as(local)
-            if needs[4 * n + 2]:
-                grads[4 * n + 2] = torch.bmm(d_z.mT, _of_others(g, held, p)).view_as(d)
-            if needs[4 * n + 3]:
-                grads[4 * n + 3] = dzs[n].sum(0)
-            if dx is not None:
-                _accumulate(dx, d_z, _rows(local, q), first=n == 0)
-
-        if needs_h:
-            for n, (h, (_, c, _, _)) in enumerate(zip(h_own().split(widths, 1), layers, strict=True)):
-                h_blocks = _features(h, q)
-                if needs[4 * n + 1]:
-                    grads[4 * n + 1] = torch.bmm(h_blocks.mT, xs).view_as(c)
-                if dx is not None:
-                    _accumulate(dx, h_blocks, _rows(c, q))
-        return (dx, None, None, None, None, *grads)
-
-    @staticmethod
-    def differentiable_backward(
-        among: Any, inputs: Sequence[Any], needed: Sequence[bool], dzs: Sequence[Tensor]
-    ) -> tuple[Tensor | None, ...]:
-        """The same as operations that have gradients themselves."""
-
-        def mix(x: Tensor, *factors: Any) -> list[Tensor]:
-            return [_mix(x, *among, *factors[n : n + 4]) for n in range(0, len(factors), 4)]
-
-        dx, *grads = differentiate(mix, inputs, needed, dzs)
-        return (dx, None, None, None, None, *grads)
-
-
-def _features(x: Tensor, q: int) -> Tensor:
-    """View [tokens, q*w] as [q, tokens, w]."""
-    return x.unflatten(1, (q, -1)).transpose(0, 1)
-
-
-def _rows(factor: Tensor, q: int) -> Tensor:
-    """View [q*rows, w] as [q, rows, w]."""
-    return factor.unflatten(0, (q, -1))
-
-
-def _of_others(g: Tensor, held: range, p: int) -> Tensor:
-    """Give each held block the latents of all blocks but its own: [tokens, p*k] -> [q, tokens, (p-1)*k]."""
-    k = g.shape[1] // p
-    return torch.stack([torch.cat([g[:, : i * k], g[:, (i + 1) * k :]], dim=1) for i in held])
-
-
-def _sum_over_others(h: Tensor, held: range, p: int) -> Tensor:
-    """The adjoint of `_of_others`: [q, tokens, (p-1)*k] -> [tokens, p*k]."""
-    k = h.shape[2] // (p - 1)
-    total = h.new_zeros(h.shape[1], p * k)
-    for i, h_i in zip(held, h, strict=True):
-        total[:, : i * k] += h_i[:, : i * k]
-        total[:, (i + 1) * k :] += h_i[:, i * k :]
-    return total
-
-
-def _accumulate(dx: Tensor, d: Tensor, factor: Tensor, first: bool = False) -> None:
-    """Add d [q, tokens, rows] times factor [q, rows, w] to dx [tokens, q*w], or store it there when it is the first."""
-    dx_blocks = _features(dx, factor.shape[0])
-    if first:
-        torch.bmm(d, factor, out=dx_blocks)
-    else:
-        torch.baddbmm(dx_blocks, d, factor, out=dx_blocks)

@@ -94,6 +94,11 @@ class SplitLinear(nn.Linear):
         """
         raise NotImplementedError
 
+    @property
+    def has_dense_weight(self) -> bool:
+        """Whether a dense linear computes the same from the same input."""
+        return True
+
     enters = True  # whether a plain input is to be brought inside for `among`
     leaves = False  # whether the output is in token layout
 
@@ -109,7 +114,7 @@ class SplitLinear(nn.Linear):
         """The dense bias [out] that the whole parameter stands for."""
         return whole
 
-    def follow(self, record: Mapping[str, Any]) -> None:
+    def take_over(self, record: Mapping[str, Any]) -> None:
         """Read parameters as those of a checkpoint's record are to be read, where it leaves a choice."""
 
     def record(self) -> dict[str, Any]:
@@ -138,6 +143,11 @@ class SplitLinear(nn.Linear):
         split = self.split_of(name)
         return whole if split is None else split.take(whole)
 
+    def global_size(self) -> int:
+        """The number of its weights, all ranks together."""
+        splits = ((p, self.split_of(name)) for name, p in self.named_parameters(recurse=False))
+        return sum(p.numel() if split is None else math.prod(split.whole_shape(p)) for p, split in splits)
+
     @torch.no_grad()
     def global_tensor(self, name: str) -> Tensor:
         """Return the parameter `name` of all ranks together; collective when R > 1."""
@@ -165,7 +175,7 @@ class SplitLinear(nn.Linear):
                 f"in_features={self.in_features}."
             )
         if self.ranks.size == 1:
-            x, factors = _cast(input, self.factors())
+            x, factors = cast(input, self.factors())
             rows = math.prod(input.shape[:-1])  # `numel` would fix a batch of any size to that of a trace
             return self.alone(x.reshape(rows, input.shape[-1]), factors).reshape(*input.shape[:-1], self.out_features)
         # Collectives do not compile; what one process holds does.
@@ -182,7 +192,7 @@ class SplitLinear(nn.Linear):
         if z is None or versions != self._versions():
             layers = () if last.outputs else tuple(layer for layer in self.siblings if layer is not self)
             layers = (self, *layers)
-            x, factors = _cast(last.x, [t for layer in layers for t in layer.factors()])
+            x, factors = cast(last.x, [t for layer in layers for t in layer.factors()])
             z, *others = self.among(layers, x, last.rows, last.inside, factors)
             for layer, output in zip(layers[1:], others, strict=True):
                 last.outputs[layer] = output, layer._versions()
@@ -199,7 +209,7 @@ class SplitLinear(nn.Linear):
         else:
             plain = input.whole(self.name) if isinstance(input, ShardedActivation) else input
             n = plain.shape[:-1].numel()
-            x = _cast(plain, ())[0].reshape(n, self.in_features)
+            x = cast(plain, ())[0].reshape(n, self.in_features)
             rows = self.ranks.agreement.enter(self.name, n, f"{x.shape[1]} {x.dtype}")
             if self.enters:
                 x = to_features(x, self.ranks, rows, f"entry of {self.name!r}")
@@ -305,7 +315,7 @@ def _mode(x: Tensor) -> tuple[object, ...]:
     return torch.is_grad_enabled(), x.requires_grad, autocast, torch._C._current_graph_task_id()
 
 
-def _cast(x: Tensor, factors: Sequence[Any]) -> tuple[Tensor, list[Any]]:
+def cast(x: Tensor, factors: Sequence[Any]) -> tuple[Tensor, list[Any]]:
     """Bring x and the factors to autocast's type, where it is on."""
     if not torch.is_autocast_enabled(x.device.type):
         return x, list(factors)

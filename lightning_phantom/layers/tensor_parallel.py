@@ -28,7 +28,7 @@ from torch.nn.functional import linear
 
 from lightning_phantom.distributed.agreement import Rows
 from lightning_phantom.distributed.exchange import gather_latents, gather_tokens, sum_tokens
-from lightning_phantom.distributed.ranks import Ranks
+from lightning_phantom.distributed.ranks import Ranks, Waiting
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers.dense import is_conv1d, oriented
 from lightning_phantom.layers.seeds import generator_of
@@ -166,7 +166,7 @@ class _Column(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         layers = [factors[n : n + 2] for n in range(0, len(factors), 2)]
         if inside:
-            arriving = ranks.all_gather(x, rows, what)
+            arriving: Waiting = ranks.all_gather(x, rows, what)
             zs = [linear(x, _columns(weight, ranks.size)[ranks.rank], bias) for weight, bias in layers]
             xs = arriving()  # [R, T, in/R]
             for (weight, _), z in zip(layers, zs, strict=True):

@@ -117,7 +117,7 @@ def _timed_layer(features: int, p: int, k: int, tokens: int, kind: Any, group: d
         stages = exact_stages(Layer(n, n), Cut(), alone)
     else:
         layer = PhantomLinear(n, n, p, k, **kind)
-        stages = phantom_stages(Layer(n, n), p, k, alone)
+        stages = phantom_stages(Layer(n, n, phantom_width=k), p, alone)
     x, grad = torch.randn(tokens, n, **kind).requires_grad_(), torch.randn(tokens, n, **kind)
 
     def step() -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from torch import Tensor
 from lightning_phantom.cost.layer import Layer, as_layers, is_row
 from lightning_phantom.distributed.agreement import Agreement, Rows
 from lightning_phantom.distributed.comm import record_traffic
-from lightning_phantom.distributed.ranks import Ranks, Waiting
+from lightning_phantom.distributed.ranks import Arriving, Ranks, Waiting
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.layers.activation import Place, ShardedActivation
 from lightning_phantom.layers.phantom import PhantomLinear
@@ -31,6 +31,7 @@ from lightning_phantom.layers.tensor_parallel import ParallelLinear
 from lightning_phantom.measure.memory import Memory
 
 REPEATS = 5
+W = TypeVar("W", bound=Waiting)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class FilledRanks(Ranks):
         assert self._alike is not None
         return self._alike
 
-    def all_gather(self, shard: Tensor, rows: Rows | None, what: str) -> Waiting:
+    def all_gather(self, shard: Tensor, rows: Rows | None, what: str) -> Arriving:
         """As if every rank had given what this one gives."""
         return self._filled(shard, super().all_gather, shard, rows, what)
 
@@ -95,11 +96,11 @@ class FilledRanks(Ranks):
 
     def _all_to_all(
         self, sent: Tensor, rows_in: tuple[int, ...], rows_out: tuple[int, ...], kind: str, what: str, rows: Rows | None
-    ) -> Waiting:
+    ) -> Arriving:
         """As if the others had given what this rank gives them."""
         return self._filled(sent, super()._all_to_all, sent, rows_in, rows_out, kind, what, rows)
 
-    def _filled(self, values: Tensor, collective: Callable[..., Waiting], *arguments: Any) -> Waiting:
+    def _filled(self, values: Tensor, collective: Callable[..., W], *arguments: Any) -> W:
         # Some releases of torch's fake group write the output themselves, others leave it as it was allocated.
         start = time.perf_counter()
         wait = collective(*arguments)
@@ -152,10 +153,13 @@ def make_share(method: str, layers: Sequence[Layer], p: int, ranks: Ranks, kind:
     """This rank's layers by a method, on the CPU, with random weights; nothing but the shard is ever allocated."""
     made: list[SplitLinear] = []
     groups: list[list[SplitLinear]] = []
-    for n, layer in enumerate(as_layers(layers)):
+    layers = as_layers(layers)
+    for n, layer in enumerate(layers):
         sizes, placed = (layer.in_features, layer.out_features), {"process_group": ranks.process_group, **kind}
         if method == "phantom":
             assert layer.phantom_width is not None
+            before = _last_above(layer, layers, made)
+            placed |= {"mixing": layer.mixing, "latents": layer.latents, "predecessor": before}
             one: SplitLinear = PhantomLinear(*sizes, p, layer.phantom_width, layer.bias, **placed)
         else:
             cut = "row" if method == "tensor_parallel" and is_row(layer) else "column"
@@ -173,6 +177,15 @@ def make_share(method: str, layers: Sequence[Layer], p: int, ranks: Ranks, kind:
         for one in group:
             one.siblings = tuple(group)
     return made
+
+
+def _last_above(layer: Layer, layers: Sequence[Layer], made: Sequence[SplitLinear]) -> SplitLinear | None:
+    """Of the layers made so far the one whose latents `layer` reads: the last of those right above it in its FFN."""
+    if layer.latents == "own":
+        return None
+    return next(
+        m for each, m in reversed(list(zip(layers, made, strict=False))) if each.depth == (layer.depth or 0) - 1
+    )
 
 
 def make_step(made: Sequence[SplitLinear], layers: Sequence[Layer], tokens: int) -> Callable[[], None]:

@@ -16,7 +16,7 @@ from lightning_phantom.layers.dense import features, is_conv1d, is_linear
 from lightning_phantom.layers.split import SplitLinear
 from lightning_phantom.plan.others import others
 from lightning_phantom.plan.record import Plan, PlannedLayer
-from lightning_phantom.plan.structure import alone, elsewhere, find_ffns, unpaired
+from lightning_phantom.plan.structure import FFN, Group, alone, elsewhere, find_ffns, unpaired
 from lightning_phantom.plan.unfit import unfit
 
 
@@ -85,7 +85,10 @@ def _make_plan(module: nn.Module, config: Config) -> Plan:
             ffn, group = places[name]
             reason = f"FFN: {ffn.known_by}" if config.plan is None else "named in the plan"
             decision = config.decision(group.depth)
-            planned = _describe(name, linear, config, decision, reason, _no_gain(linear, config) or "")
+            before = _predecessor(ffn, group, config)
+            planned = _describe(
+                name, linear, config, decision, reason, _no_gain(linear, config) or "", before, linears.get(before)
+            )
             divides = planned.out_features % (group.parts * config.parts) == 0
             layers.append(replace(planned, parts=group.parts if divides else 1))
         elif config.plan is not None:
@@ -115,21 +118,53 @@ def _resolve_words(
     return words
 
 
+def _predecessor(ffn: FFN, group: Group, config: Config) -> str:
+    """The layer whose latents a group reads, if it is to read another's.
+
+    A pair of linears, as in a transformer, reads its own: there it was no gain.
+    """
+    is_pair = max(each.depth for each in ffn.groups) < 2
+    return "" if config.latents == "own" or is_pair else group.after or ""
+
+
 def _describe(
-    name: str, linear: nn.Module, config: Config, decision: str, reason: str, warning: str = ""
+    name: str,
+    linear: nn.Module,
+    config: Config,
+    decision: str,
+    reason: str,
+    warning: str = "",
+    predecessor: str = "",
+    before: nn.Module | None = None,
 ) -> PlannedLayer:
     sizes = features(linear)
     bias = linear.bias is not None
-    before = math.prod(sizes) + bias * sizes[1]
-    k, blocks = None, config.parts
+    dense = math.prod(sizes) + bias * sizes[1]
+    k, latents, after = None, "own", dense
     if isinstance(linear, SplitLinear):
-        shared = linear.shared_record()
-        k, blocks = linear.record().get("phantom_width"), shared.get("num_blocks", blocks)
-    elif decision != "skip":
-        k = config.width_of(*sizes)
-    after = before if k is None else phantom_weights(*sizes, blocks, k, bias)
+        k, after = linear.record().get("phantom_width"), linear.global_size()
+    elif decision != "skip" and (k := config.width_of(*sizes)) is not None:
+        in_before = width_before = 0
+        if before is not None:
+            latents = config.latents
+            in_before = features(before)[0] if latents == "previous" else 0
+            width_before = (config.width_of(*features(before)) or 0) if latents == "both" else 0
+        after = phantom_weights(*sizes, config.parts, k, bias, config.mixing, in_before, width_before)
+        if config.latents != "own":
+            reason = f"{reason}; {_READS[latents].format(predecessor)}"
     transposed = is_conv1d(type(linear))
-    return PlannedLayer(name, *sizes, bias, transposed, decision, reason, k, before, after, warning)
+    return PlannedLayer(
+        *(name, *sizes, bias, transposed, decision, reason, k, dense, after, warning),
+        latents=latents,
+        predecessor=predecessor if latents != "own" else "",
+    )
+
+
+_READS = {
+    "own": "reads its own latents",
+    "both": "reads its own latents and those of {!r}",
+    "previous": "reads latents of what {!r} reads",
+}
 
 
 def _indivisible(linear: nn.Module, config: Config) -> str | None:
@@ -142,6 +177,6 @@ def _indivisible(linear: nn.Module, config: Config) -> str | None:
 def _no_gain(linear: nn.Module, config: Config) -> str | None:
     sizes = features(linear)
     k = config.width_of(*sizes)
-    if k is None or phantom_weights(*sizes, config.parts, k, False) < math.prod(sizes):
+    if k is None or phantom_weights(*sizes, config.parts, k, False, config.mixing) < math.prod(sizes):
         return None
     return f"phantom would not make it smaller at k={k}"

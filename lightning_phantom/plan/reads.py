@@ -31,7 +31,7 @@ def read_by_parents(root: nn.Module) -> dict[nn.Module, str]:
         if isinstance(owner, nn.MultiheadAttention):  # hands them to a fused kernel
             found.update(dict.fromkeys(owner.children(), f"{type(owner).__name__} {name!r} itself"))
         reads = _Reads(owner)
-        for body in _bodies_of(type(owner)):
+        for body in _bodies_of(type(owner)):  # type: ignore[arg-type]  # classes are hashable
             reads.visit(body)
         for path in reads.found:
             try:
@@ -44,7 +44,8 @@ def read_by_parents(root: nn.Module) -> dict[nn.Module, str]:
 @cache
 def _bodies_of(cls: type[nn.Module]) -> list[ast.AST]:
     """The forward of a class and the methods that it calls, those that name a weight of another module."""
-    bodies, names = [], ["forward"]
+    bodies: list[ast.AST] = []
+    names = ["forward"]
     for name in names:
         method = getattr(cls, name, None)
         if getattr(method, "__module__", "torch.nn").startswith("torch."):  # see `plan.transformer` for what those read

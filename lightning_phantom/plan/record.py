@@ -32,6 +32,8 @@ class PlannedLayer:
         weights_after: parameters after the swap, all ranks together.
         warning: what a user should know, in words; empty if nothing.
         parts: 2 where its output is a gate and what it gates, side by side.
+        latents: which it reads: `"own"`, `"both"` or `"previous"`.
+        predecessor: the layer before it, of which it reads them; empty where they are its own.
     """
 
     name: str
@@ -46,6 +48,8 @@ class PlannedLayer:
     weights_after: int
     warning: str = ""
     parts: int = 1
+    latents: str = "own"
+    predecessor: str = ""
 
     @property
     def swapped(self) -> bool:
@@ -83,22 +87,26 @@ class Plan:
     def cost_layers(self) -> list[Layer]:
         """The swapped layers as `estimate_cost` takes them: FFN by FFN, in the order of the forward."""
         by_name = {layer.name: layer for layer in self.swapped}
-        return [
-            Layer(
-                by_name[name].in_features,
-                by_name[name].out_features,
-                by_name[name].bias,
-                enters=group.enters,
-                leaves=group.exits,
-                shares_input=n > 0,
-                phantom_width=by_name[name].phantom_width,
-                depth=group.depth,
-                norms=group.norms if n == 0 else (),
-            )
-            for ffn in self.ffns
-            for group in ffn.groups
-            for n, name in enumerate(group.names)
-        ]
+        found: dict[str, Layer] = {}
+        for group in (group for ffn in self.ffns for group in ffn.groups):
+            for n, name in enumerate(group.names):
+                planned = by_name[name]
+                layer = Layer(
+                    planned.in_features,
+                    planned.out_features,
+                    planned.bias,
+                    enters=group.enters,
+                    leaves=group.exits,
+                    shares_input=n > 0,
+                    phantom_width=planned.phantom_width,
+                    depth=group.depth,
+                    norms=group.norms if n == 0 else (),
+                    mixing=self.config.mixing,
+                )
+                if planned.predecessor:
+                    layer = layer.after(found[planned.predecessor], planned.latents)
+                found[name] = layer
+        return list(found.values())
 
     def __rich__(self) -> Any:
         """Render the plan as a rich table, repeated layers in one row."""

@@ -8,7 +8,7 @@ trace of a module's forward, torch's transformer layers, and how linears are reg
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -30,6 +30,8 @@ class Group(NamedTuple):
         normed: whether the value comes out of an operation that knows how features lie (`layers.across`).
         norms: the operations of that kind on what they write: how many numbers a token each exchanges.
         parts: 2 where what each writes is a gate and what it gates, side by side.
+        after: the linear of the FFN that comes right before them, joined to them by elementwise operations alone; None
+            where there is none, or more than one, or where one of them is called more than once.
     """
 
     names: tuple[str, ...]
@@ -40,6 +42,7 @@ class Group(NamedTuple):
     normed: bool = False
     norms: tuple[int, ...] = ()
     parts: int = 1
+    after: str | None = None
 
 
 class FFN(NamedTuple):
@@ -190,7 +193,13 @@ def _traced(root: nn.Module, left: Mapping[str, Any]) -> Iterator[FFN]:
         if key not in known:
             known[key] = flows_of(module, linears) or []
         for groups in _connected(known[key], {name[start:] for name in inside if name in left}):
-            whole = (group._replace(names=tuple(join(owner, name) for name in group.names)) for group in groups)
+            whole = (
+                group._replace(
+                    names=tuple(join(owner, name) for name in group.names),
+                    after=group.after and join(owner, group.after),
+                )
+                for group in groups
+            )
             yield FFN(tuple(whole), "a trace connects its linears")
         for name, child in module.named_children():
             below = join(owner, name)
@@ -205,6 +214,7 @@ def _connected(flows: list[Flow], wanted: set[str]) -> Iterator[tuple[Group, ...
     calls: dict[str, Flow] = {}
     for flow in flows:
         calls.setdefault(flow.name, flow)
+    called = Counter(flow.name for flow in flows)
     flows = list(calls.values())  # the first of each linear
     for flow in (f for f in flows if f.name in wanted):
         linked = {flow.name, *flow.sources} & wanted
@@ -232,9 +242,18 @@ def _connected(flows: list[Flow], wanted: set[str]) -> Iterator[tuple[Group, ...
                         normed=group[0].normed,
                         norms=tuple(numbers for flow in group for numbers in flow.norms),
                         parts=min(flow.parts for flow in group),
+                        after=_right_before(group, part, depth, called),
                     )
                 )
             yield tuple(joined)
+
+
+def _right_before(group: list[Flow], part: set[str], depth: Mapping[str, int], called: Mapping[str, int]) -> str | None:
+    """The one linear of a part that comes last before a group in it, if there is one, and each is called once."""
+    sources = [source for source in group[0].sources if source in part]
+    last = [source for source in sources if depth[source] == depth[group[0].name] - 1]
+    once = all(called[name] == 1 for name in (*last, *(flow.name for flow in group)))
+    return last[0] if len(last) == 1 and once and not group[0].normed else None
 
 
 # Torch's transformer layers: no trace goes through an encoder's

@@ -45,6 +45,8 @@ class PhantomFabricStrategy(fabric.strategies.ddp.DDPStrategy):
         phantom_parallel_size: R.
         plan: which layers to swap; None finds the feed-forward networks.
         init: how the layers start.
+        mixing: which latents blocks make for each other.
+        latents: which of them a layer in a chain reads.
         state_dict_type: `"full"`, one file, or `"sharded"`, a directory.
         kwargs: for Fabric's DDPStrategy (`timeout`, `process_group_backend`) and DistributedDataParallel.
 
@@ -62,6 +64,8 @@ class PhantomFabricStrategy(fabric.strategies.ddp.DDPStrategy):
         phantom_parallel_size: int | Literal["auto"] = "auto",
         plan: dict[str, str] | None = None,
         init: str = "auto",
+        mixing: Literal["pairwise", "private"] = "pairwise",
+        latents: Literal["own", "both", "previous"] = "own",
         state_dict_type: Literal["full", "sharded"] = "full",
         **kwargs: Any,
     ) -> None:
@@ -69,7 +73,9 @@ class PhantomFabricStrategy(fabric.strategies.ddp.DDPStrategy):
         super().__init__(**kwargs)
         if state_dict_type not in ("full", "sharded"):
             raise PhantomError(f"state_dict_type={state_dict_type!r}: choose 'full' or 'sharded'.")
-        self._config = PhantomConfig(2 if num_blocks is None else num_blocks, phantom_width, plan, init)
+        self._config = PhantomConfig(
+            2 if num_blocks is None else num_blocks, phantom_width, plan, init, mixing=mixing, latents=latents
+        )
         self._num_blocks = num_blocks
         self._size = phantom_parallel_size
         self._state_dict_type = state_dict_type

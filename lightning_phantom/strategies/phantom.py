@@ -33,6 +33,8 @@ class PhantomStrategy(SplitStrategy):
             in common with num_blocks).
         plan: `{"glob of module name": "phantom" | "skip"}`; None finds the feed-forward networks.
         init: how the layers start, see `PhantomConfig`.
+        mixing: `"pairwise"` or `"private"`, which latents blocks make for each other, see `PhantomConfig`.
+        latents: `"own"`, `"both"` or `"previous"`, which a layer in a chain reads, see `PhantomConfig`.
         state_dict_type: how checkpoints are saved: `"full"`, one file with dense weights that any strategy can load, or
             `"sharded"`, a directory to which every rank writes its share. Either kind is loaded.
         weights_only: passed to `torch.load` when a checkpoint is resumed, unless `Trainer.fit(weights_only=...)` is.
@@ -63,6 +65,8 @@ class PhantomStrategy(SplitStrategy):
         phantom_parallel_size: int | Literal["auto"] = "auto",
         plan: dict[str, str] | None = None,
         init: str = "auto",
+        mixing: Literal["pairwise", "private"] = "pairwise",
+        latents: Literal["own", "both", "previous"] = "own",
         state_dict_type: Literal["full", "sharded"] = "full",
         weights_only: bool | None = None,
         check_replicas: Literal["auto"] | bool = "auto",
@@ -78,7 +82,9 @@ class PhantomStrategy(SplitStrategy):
         if num_blocks is None:
             num_blocks = num_blocks_of_environment()
         # With the number of blocks still open the rest is checked all the same.
-        self._request = PhantomConfig(2 if num_blocks is None else num_blocks, phantom_width, plan, init)
+        self._request = PhantomConfig(
+            2 if num_blocks is None else num_blocks, phantom_width, plan, init, mixing=mixing, latents=latents
+        )
         super().__init__(
             "phantom_parallel_size",
             phantom_parallel_size,

@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import io
+import itertools
 import json
 import os
 import re
@@ -81,7 +82,7 @@ def test_a_column_is_the_best_of_its_width_given_the_others():
     better = improve_columns(weight, factors, metric, blocks)
     assert loss(better) < loss(factors)
     # The last column was improved last, so it is at its optimum: its gradient vanishes there, others' need not.
-    leaves = Factors(*(f.clone().requires_grad_() for f in better))
+    leaves = Factors(*(f.clone().requires_grad_() for f in better[:3]))
     loss(leaves).backward()
     assert leaves.compressor.grad[-2:].abs().max() < 1e-8 * leaves.compressor.grad.abs().max()
     assert leaves.decompressor.grad[:-4, -2:].abs().max() < 1e-8 * leaves.weight.grad.abs().max()
@@ -91,7 +92,7 @@ def test_a_column_is_the_best_of_its_width_given_the_others():
         other = Factors(better.weight, better.compressor.clone(), better.decompressor.clone())
         other.compressor[-2:] = torch.randn(2, 6)
         other.decompressor[:-4, -2:] = 0
-        leaf = Factors(*(f.clone().requires_grad_() for f in other))
+        leaf = Factors(*(f.clone().requires_grad_() for f in other[:3]))
         free = torch.optim.LBFGS([leaf.compressor, leaf.decompressor], max_iter=200, line_search_fn="strong_wolfe")
 
         def step(leaf=leaf, free=free):
@@ -193,6 +194,41 @@ def test_a_gate_in_one_linear_is_cut_as_a_strategy_cuts_it_and_merges_exactly(tm
     assert torch.allclose(module(x), phantom(x), atol=1e-6)
 
 
+def test_calibration_of_private_blocks_is_least_squares():
+    """The gradient of the outputs' error vanishes at L and D, and no turn makes it worse; at full width it is exact."""
+    weight, bias, x = layer_and_inputs()
+    for k in (1, 2, 4):
+        blocks = Blocks(24, 16, 4, k, 0, "", "private")
+        start, moments = from_dense(weight, blocks, ALONE), moments_of(x)
+        metric = moments.metric(centred=True)
+
+        def loss(factors, metric=metric):
+            error = weight - to_dense(factors, 4, "private")
+            return ((error @ metric) * error).sum()
+
+        fitted = refit(weight, start, metric, blocks)
+        leaves = Factors(*(f.clone().requires_grad_() for f in fitted[:3]))
+        loss(leaves).backward()
+        scale = (weight @ metric).norm()
+        assert max(leaves.weight.grad.norm(), leaves.decompressor.grad.norm()) < 1e-8 * scale
+        better = improve_columns(weight, fitted, metric, blocks)
+        factors, _ = calibrated(weight, bias, start, blocks, moments)
+        losses = [loss(each).item() for each in (start, fitted, better, factors)]
+        rounding = 1e-12 * ((weight @ metric) * weight).sum().item()
+        assert all(after <= before + rounding for before, after in itertools.pairwise(losses)), losses
+        if k == 4:
+            assert torch.allclose(to_dense(factors, 4, "private"), weight, atol=1e-9)
+
+
+@pytest.mark.parametrize(("n_in", "n_out", "p", "q", "k"), [(48, 24, 8, 2, 1), (24, 48, 12, 3, 1), (64, 64, 4, 2, 2)])
+def test_merging_private_blocks_is_exact(n_in, n_out, p, q, k):
+    factors = random_factors(Blocks(n_in, n_out, p, k, 0, "", "private"), ALONE, torch.float64)
+    merged, coarse = merge(factors, p, q, "private"), p // q
+    width = min(q * q * k, n_in // coarse, n_out // coarse)
+    assert merged.compressor.shape == (coarse * (coarse - 1) * width, n_in // coarse)
+    assert torch.allclose(to_dense(merged, coarse, "private"), to_dense(factors, p, "private"), atol=1e-12, rtol=0)
+
+
 def test_torchs_fused_transformer_layers_are_seen_too():
     """In eval mode, with a padding mask, they would not call their linears."""
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
@@ -291,6 +327,48 @@ def test_convert_calibrate_validate_train_merge_and_leave(folder, capsys):
     assert "phantom" not in left
     assert abs(validation_loss("left.ckpt", "auto") - tuned) < 1e-5
     trainer(folder, strategy="auto").fit(Small(), datamodule=SmallData(), ckpt_path="left.ckpt")
+
+
+def test_private_layers_and_chains_are_converted(folder, capsys):
+    def settings(more):
+        (folder / "run.yaml").write_text(CONFIG.replace("num_blocks: 4", f"num_blocks: 4, {more}"))
+
+    settings("mixing: private")
+    convert("dense.ckpt", "private.ckpt", "--config", "run.yaml", "--phantom-width", 1)
+    private = PhantomStrategy(num_blocks=4, phantom_width=1, mixing="private")
+    assert "phantom_width=1, mixing='private')" in capsys.readouterr().out
+    loss = validation_loss("private.ckpt", private)
+    assert abs(loss - validation_loss("private.ckpt", "auto")) < 1e-5
+    convert("private.ckpt", "merged.ckpt", "--merge", 2)
+    plan = dict.fromkeys(("net.0", "net.2", "net.4"), "phantom")
+    merged = PhantomStrategy(num_blocks=2, phantom_width=4, plan=plan, mixing="private")
+    assert f"phantom_width=4, plan={plan}, mixing='private')" in capsys.readouterr().out
+    assert abs(validation_loss("merged.ckpt", merged) - loss) < 1e-5
+    convert("merged.ckpt", "left.ckpt", "--to", "dense")
+    assert abs(validation_loss("left.ckpt", "auto") - loss) < 1e-5
+    convert("dense.ckpt", "good.ckpt", "--config", "run.yaml", "--phantom-width", 1, "--calibrate", 6)
+    dense = validation_loss("dense.ckpt", "auto")
+    assert dense < validation_loss("good.ckpt", private) < loss
+
+    settings("latents: both")
+    convert("dense.ckpt", "both.ckpt", "--config", "run.yaml")
+    both = PhantomStrategy(num_blocks=4, phantom_width=0.5, latents="both")
+    assert "phantom_width=0.5, latents='both')" in capsys.readouterr().out
+    settings("latents: own")
+    convert("dense.ckpt", "own.ckpt", "--config", "run.yaml")
+    loss = validation_loss("both.ckpt", both)  # nothing is read of the layer before yet
+    assert abs(loss - validation_loss("own.ckpt", strategy())) < 1e-5
+    fit = trainer(folder, strategy=PhantomStrategy(num_blocks=4, phantom_width=0.5, latents="both"), max_epochs=3)
+    fit.fit(Small(), datamodule=SmallData(), ckpt_path="both.ckpt")
+    fit.save_checkpoint("tuned.ckpt")
+    assert torch.load("tuned.ckpt")["state_dict"]["net.2.decompressor_before_weight"].any()
+    assert validation_loss("tuned.ckpt", PhantomStrategy(0.5, 4, latents="both")) < loss
+    for arguments in (("--to", "dense"), ("--merge", 2)):
+        said = refused("tuned.ckpt", "x.ckpt", *arguments)
+        assert "'net.2' reads latents of 'net.0' (latents='both'): no dense weight stands for it" in said
+    settings("latents: previous")
+    said = refused("dense.ckpt", "x.ckpt", "--config", "run.yaml")
+    assert "latents='previous'" in said and "init='random'" in said
 
 
 def test_a_bare_state_dict_makes_a_checkpoint_and_the_full_width_loses_nothing(folder):

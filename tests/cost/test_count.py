@@ -29,6 +29,13 @@ from lightning_phantom.plan.finder import plan_phantom, plan_tensor_parallel
 from lightning_phantom.swap import carry_out
 
 METHODS = ("phantom", "tensor_parallel", "tensor_parallel_layerwise")
+SIBLINGS = {  # of the phantom operator
+    "phantom": {},
+    "private": {"mixing": "private"},
+    "both": {"latents": "both"},
+    "previous": {"latents": "previous"},
+    "private previous": {"mixing": "private", "latents": "previous"},
+}
 BLOCKS, WIDTH = 4, 0.25
 TOKENS = 6  # of each rank
 
@@ -102,8 +109,8 @@ def swapped(name, method, blocks, group):
     """A module of `MODULES` in the layout of a method, and the cost model's records of its layers."""
     module = MODULES[name]()
     words = {"0": "phantom"} if name == "alone" else None
-    if method == "phantom":
-        plan = plan_phantom(module, PhantomConfig(blocks, WIDTH, plan=words))
+    if method in SIBLINGS:
+        plan = plan_phantom(module, PhantomConfig(blocks, WIDTH, plan=words, **SIBLINGS[method]))
     else:
         style = "megatron" if method == "tensor_parallel" else "layerwise"
         size = 1 if group is None else dist.get_world_size(group)
@@ -129,11 +136,16 @@ def every_collective():
         yield counts
 
 
+def without_gradient_at_the_entry(layer):
+    before = layer.predecessor and without_gradient_at_the_entry(layer.predecessor)
+    return replace(layer, needs_input_grad=layer.depth > 0, predecessor=before)
+
+
 def step(name, method, needs_grad, blocks=BLOCKS, group=None):
     """What a step has taken, and the layers that it went through."""
     module, layers = swapped(name, method, blocks, group)
     if not needs_grad:
-        layers = [replace(layer, needs_input_grad=layer.depth > 0) for layer in layers]
+        layers = [without_gradient_at_the_entry(layer) for layer in layers]
 
     def forward():
         return module(torch.randn(2, TOKENS // 2, layers[0].in_features, requires_grad=needs_grad)).sum()
@@ -161,6 +173,7 @@ CASES = [
     for blocks in ((4, 8) if method == "phantom" else (4,))
     if (name, method) != ("residual", "tensor_parallel")  # see cost.layer.Layer
 ]
+CASES += itertools.product(("four", "residual", "gated"), list(SIBLINGS)[1:], (True, False), (4,))
 
 
 def torchs_step(name, needs_grad):
@@ -206,7 +219,8 @@ def averaged():
 
 def check(seen, size):
     _, method, _, blocks = seen["case"]
-    cost = getattr(estimate_cost(seen["layers"], blocks, WIDTH, size, size * TOKENS), method)
+    estimate = estimate_cost(seen["layers"], blocks, WIDTH, size, size * TOKENS)
+    cost = getattr(estimate, "phantom" if method in SIBLINGS else method)
     counted = cost.weights, cost.flops_forward, cost.flops, cost.sent_bytes, cost.calls
     assert seen["taken"] == counted, seen
     assert seen["issued"] == seen["taken"][4], seen
@@ -223,6 +237,10 @@ def test_a_step_on_several_ranks_takes_what_is_counted(size):
                 assert seen["kinds"] == {"all_to_all": 3 + needs_grad, "all_gather": 2, "reduce_scatter": 2}, seen
             if (name, method) == ("pair", "tensor_parallel"):
                 assert seen["kinds"] == {"all_gather": 2, "reduce_scatter": 1 + needs_grad}, seen
+            if (name, method) == ("four", "previous"):  # the first layer's latents and the second's leave together
+                assert seen["kinds"] == {"all_to_all": 3 + needs_grad, "all_gather": 3, "reduce_scatter": 4}, seen
+            if (name, method) == ("four", "private"):
+                assert seen["kinds"] == {"all_to_all": 3 + needs_grad + 8}, seen
         ddp = estimate_data_parallel([(16, 32), (32, 16)], size, size * TOKENS, entry_needs_grad=False).ddp
         assert (weights, flops) == (ddp.weights, ddp.flops)
         assert ddp.weight_bytes == ddp.sent_bytes == 2 * (size - 1) * 4 * elements // size
@@ -257,6 +275,15 @@ def test_the_table():
     assert cost.phantom == Cost(
         *(factors, 2 * b * factors, 4 * b * factors, 2 * (size - 1) * q * k * b * s, 4 * entry, 6)
     )
+    private = estimate_cost([replace(one[0], mixing="private")], p, k, size, b, "bfloat16").phantom
+    factors = q * (n * n // p**2 + 2 * (p - 1) * k * n // p)
+    assert private == Cost(
+        *(factors, 2 * b * factors, 4 * b * factors, 2 * (size - 1) * q * q * k * b * s, 4 * entry, 6)
+    )
+    pairs = [(n, n), (n, n)]
+    own, both = (estimate_cost(pairs, p, k, size, b, "bfloat16", latents=which).phantom for which in ("own", "both"))
+    more = q * (p - 1) * k * n // p
+    assert (both.weights, both.flops, both.sent_bytes) == (own.weights + more, own.flops + 6 * b * more, own.sent_bytes)
     gathered, products = size * entry, n * n // size
     exact = Cost(products, 2 * b * products, 4 * b * products, 0, 2 * gathered + 2 * entry, 4)
     assert cost.tensor_parallel == cost.tensor_parallel_layerwise == exact

@@ -1,5 +1,6 @@
 """The predicted step: its operations are the cost model's, and the plan command shows what it says."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from lightning_phantom.commands.cli import main
 from lightning_phantom.commands.compare import options as compare
 from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.commands.terminal import LABELS
+from lightning_phantom.config import LATENTS, MIXINGS
 from lightning_phantom.cost.count import ELEMENT_BYTES, TENSOR_PARALLEL, Group, cuts, estimate_cost
 from lightning_phantom.cost.data_parallel import Dense, Divided, estimate_data_parallel
 from lightning_phantom.cost.layer import Layer, as_layers
@@ -52,7 +54,7 @@ model:
 def test_stages_hold_the_work_and_the_bytes_of_the_cost_model(p, ranks):
     group, k, tokens, layers = Group(ranks, 96, 4), 2, 96, as_layers(CHAIN)
     stages = {
-        "phantom": [s for layer in layers for s in phantom_stages(layer, p, k, group)],
+        "phantom": [s for layer in layers for s in phantom_stages(layer.with_width(k, p), p, group)],
         **{m: [s for each in cuts(CHAIN, m) for s in exact_stages(*each, group)] for m in TENSOR_PARALLEL},
     }
     estimate = estimate_cost(CHAIN, p, k, ranks, tokens)
@@ -62,6 +64,14 @@ def test_stages_hold_the_work_and_the_bytes_of_the_cost_model(p, ranks):
         assert sum(s.work.flops for s in those) == cost.flops
         assert sum(s.calls for s in those) == cost.calls
         assert sum(s.sent_bytes for s in those) == cost.sent_bytes
+    for mixing, latents in itertools.product(MIXINGS, LATENTS):
+        pairs = [(64, 64)] * 3
+        cost = estimate_cost(pairs, p, k, ranks, tokens, mixing=mixing, latents=latents).phantom
+        layers = as_layers(pairs, mixing=mixing, latents=latents)
+        those = [s for layer in layers for s in phantom_stages(layer.with_width(k, p), p, group)]
+        assert sum(s.work.flops for s in those if s.backward) == cost.flops_backward
+        assert sum(s.work.flops for s in those) == cost.flops
+        assert (sum(s.calls for s in those), sum(s.sent_bytes for s in those)) == (cost.calls, cost.sent_bytes)
 
 
 def test_a_collective_is_waited_for_only_beyond_the_work_beside_it():
@@ -248,6 +258,13 @@ def test_simulated_rank_holds_its_shard_and_sends_what_the_model_says(dtype):
         simulate(layers, 64, 64, 100, dtype)
 
 
+def test_simulated_chains_send_what_the_model_says():
+    for mixing, latents in (("private", "both"), ("pairwise", "previous")):
+        chain = [each.with_width(2, 16) for each in as_layers([(256, 256)] * 3, mixing=mixing, latents=latents)]
+        cost, one = estimate_cost(chain, 16, 2, 8, 64).phantom, simulate(chain, 16, 8, 64)["phantom"]
+        assert (one.weights, one.sent_bytes, one.calls) == (cost.weights, cost.sent_bytes, cost.calls)
+
+
 def test_what_fake_collectives_bring_is_filled_in(monkeypatch):
     class Nothing:
         def wait(self):
@@ -303,6 +320,19 @@ def test_plan_command(tmp_path, capsys):
     assert result["here"]["fastest"] in methods and f"of {LABELS[result['here']['fastest']]}'s" in out
     assert result["machine_origin"] == dict.fromkeys(("flops_per_s", "latency_s", "link_bytes_per_s"), "given")
     assert f"{methods['phantom']['weights']:,}" in out
+
+
+def test_plan_command_knows_how_blocks_mix(tmp_path, capsys):
+    strategy = ("--trainer.strategy", "lightning_phantom.PhantomStrategy", "--trainer.strategy.latents", "both")
+    out, result = run_plan(
+        *(tmp_path, capsys, "--ranks", "2", "--num-blocks", "4", "--tokens", "256", *RATES),
+        *(*strategy, "--trainer.strategy.mixing", "private"),
+    )
+    assert "num_blocks=4, mixing=private, latents=both" in out and "reads its own latents and those of" in out
+    expected = estimate_cost([(64, 64)] * 3, 4, 0.25, 2, 256, mixing="private", latents="both").phantom
+    phantom = result["here"]["methods"]["phantom"]
+    assert (phantom["weights"], phantom["sent_bytes"]) == (expected.weights, expected.sent_bytes)
+    assert (result["config"]["mixing"], result["config"]["latents"]) == ("private", "both")
 
 
 def test_plan_command_simulates(tmp_path, capsys):

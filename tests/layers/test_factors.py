@@ -38,6 +38,28 @@ def test_from_dense_is_the_best_of_its_width(n_in, n_out, p):
         assert torch.allclose(error[:, j * m : (j + 1) * m].square().sum(), left_out)
 
 
+@pytest.mark.parametrize(("n_in", "n_out", "p"), [(32, 32, 4), (64, 16, 4), (96, 8, 2)])
+def test_private_from_dense_is_the_best_of_each_pair_of_blocks(n_in, n_out, p):
+    weight = torch.randn(n_out, n_in, dtype=torch.float64)
+    full = min(n_in, n_out) // p
+    for k in (1, 2, full):
+        factors = from_dense(weight, Blocks(n_in, n_out, p, k, 0, "", "private"), ALONE)
+        assert factors.compressor.shape == (p * (p - 1) * k, n_in // p) and factors.decompressor_before is None
+        assert (factors.compressor.gather(1, factors.compressor.abs().argmax(1, keepdim=True)) > 0).all()
+        error = weight - to_dense(factors, p, "private")
+        for i, (rows, wrong) in enumerate(zip(weight.chunk(p), error.chunk(p), strict=True)):
+            for j, (block, missing) in enumerate(zip(rows.chunk(p, 1), wrong.chunk(p, 1), strict=True)):
+                left_out = torch.linalg.svdvals(block)[k:].square().sum() if i != j else torch.zeros(())
+                assert torch.allclose(missing.square().sum(), left_out.double(), atol=1e-20)
+
+
+def test_private_components_that_are_dead_learn():
+    factors = from_dense(torch.zeros(16, 16), Blocks(16, 16, 4, 2, 0, "", "private"), ALONE)
+    assert not factors.decompressor.any() and (factors.compressor.norm(dim=1) > 0.1).all()
+    first, second = factors.compressor[:2], factors.compressor[2:4]  # of one block, for two others
+    assert not torch.equal(first, second)
+
+
 def test_signs_are_settled_and_factors_balanced():
     weight = torch.randn(32, 32, dtype=torch.float64)
     factors = from_dense(weight, Blocks(32, 32, 4, 2, 0, ""), ALONE)
@@ -97,10 +119,27 @@ def test_a_zero_linear_is_the_same_function_and_its_factors_move_in_one_step():
 def test_random_has_the_variances_of_the_design():
     p, k, n = 4, 16, 512
     factors = random_factors(Blocks(n, n, p, k, 0, "layer"), ALONE, torch.float64)
-    for got, expected in zip(factors, (1 / (3 * n), p / n, 1 / (3 * p * k)), strict=True):
+    for got, expected in zip(factors[:3], (1 / (3 * n), p / n, 1 / (3 * p * k)), strict=True):
         assert abs(got.var().item() / expected - 1) < 0.05
     layer = PhantomLinear(n, n, p, k, bias=False)
     assert abs(layer(torch.randn(512, n)).var().item() * 3 - 1) < 0.05  # nn.Linear's output variance, 1/3
+
+
+@pytest.mark.parametrize("mixing", ["pairwise", "private"])
+def test_random_siblings_have_the_variances_of_the_design(mixing):
+    p, k, n = 4, 16, 512
+    both = random_factors(Blocks(n, n, p, k, 0, "layer", mixing, width_before=8), ALONE, torch.float64)
+    for got, expected in zip(both, (1 / (3 * n), p / n, 1 / (6 * p * k), 1 / (6 * p * 8)), strict=True):
+        assert abs(got.var().item() / expected - 1) < 0.05
+    assert both.decompressor_before.shape == (n, (p - 1) * 8)
+    previous = random_factors(Blocks(n, n, p, k, 0, "layer", mixing, in_before=2 * n), ALONE, torch.float64)
+    for got, expected in zip(previous[:3], (1 / (3 * n), p / (2 * n), 1 / (3 * p * k)), strict=True):
+        assert abs(got.var().item() / expected - 1) < 0.05
+    for latents in ("both", "previous"):  # nn.Linear's output variance, 1/3
+        first = PhantomLinear(n, n, p, k, mixing=mixing, bias=False)
+        second = PhantomLinear(n, n, p, k, mixing=mixing, latents=latents, predecessor=first, bias=False)
+        first(torch.randn(512, n))
+        assert abs(second(torch.randn(512, n)).var().item() * 3 - 1) < 0.05
 
 
 def test_random_depends_on_seed_name_and_block_and_the_layer_on_torchs_seed():
@@ -127,17 +166,21 @@ def test_block_diagonal():
     assert dense.count_nonzero() == 4 * 16
 
 
-def _swapped(init):
+def _swapped(init, **how):
     """Every factor of a swapped model, whole; the ranks start from different weights and only rank 0's count."""
     group = dist.group.WORLD if dist.get_world_size() > 1 else None
     torch.manual_seed(dist.get_rank())
-    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
-    phantomize_(model, PhantomConfig(4, init=init), group)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 32))
+    phantomize_(model, PhantomConfig(4, init=init, **how), group)
     return {n: model.get_submodule(n.split(".")[0]).global_tensor(n.split(".")[1]) for n in model.state_dict()}
 
 
 def _all_inits():
-    return {init: _swapped(init) for init in ("from_dense", "random", "block_diagonal")}
+    inits = ("from_dense", "random", "block_diagonal")
+    found = {init: _swapped(init) for init in inits}
+    for how in ({"mixing": "private", "latents": "both"}, {"latents": "previous"}):
+        found |= {f"{init}, {how}": _swapped(init, **how) for init in inits}
+    return found
 
 
 def test_the_model_does_not_depend_on_the_number_of_ranks():
@@ -147,7 +190,7 @@ def test_the_model_does_not_depend_on_the_number_of_ranks():
             for init, factors in alone.items():
                 for name, value in factors.items():
                     assert torch.allclose(result[init][name], value, rtol=0, atol=1e-6), (size, init, name)
-                    if init != "from_dense":
+                    if not init.startswith("from_dense"):
                         assert torch.equal(result[init][name], value), (size, init, name)
 
 

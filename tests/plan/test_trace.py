@@ -63,8 +63,8 @@ def test_a_sequential_is_one_network_of_any_length():
         FFN(
             (
                 Group(("0",), 0, True, False, False),
-                Group(("3",), 1, False, False, False),
-                Group(("5",), 2, False, True, True),
+                Group(("3",), 1, False, False, False, "0"),
+                Group(("5",), 2, False, True, True, "3"),
             ),
             "a trace connects its linears",
         ),
@@ -82,7 +82,7 @@ def test_what_reads_one_value_is_one_group():
             return self.fc2(h), self.other(h), h.sum()
 
     (ffn,) = plan_of(Heads(other=nn.Linear(32, 8))).ffns
-    assert ffn.groups == (Group(("fc1",), 0, True, True, True), Group(("fc2", "other"), 1, False, True, True))
+    assert ffn.groups == (Group(("fc1",), 0, True, True, True), Group(("fc2", "other"), 1, False, True, True, "fc1"))
 
 
 def test_a_question_about_a_value_is_no_reader_of_it():
@@ -92,7 +92,7 @@ def test_a_question_about_a_value_is_no_reader_of_it():
             return self.fc2(h.to(h.dtype) * (1 / h.shape[0])).view(h.size(0), -1)
 
     (ffn,) = plan_of(Asks(sizes=(16, 24, 8))).ffns
-    assert ffn.groups == (Group(("fc1",), 0, True, False, False), Group(("fc2",), 1, False, True, True))
+    assert ffn.groups == (Group(("fc1",), 0, True, False, False), Group(("fc2",), 1, False, True, True, "fc1"))
 
 
 @pytest.mark.parametrize(

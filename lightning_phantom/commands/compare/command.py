@@ -161,7 +161,7 @@ class Comparison:
         if self.request.smaller is None:
             recipe = self.request.recipe("phantom")
             given = self._phantom_arguments(recipe)
-            names = ("num_blocks", "phantom_width", "plan")
+            names = ("num_blocks", "phantom_width", "plan", "mixing", "latents")
             config = PhantomConfig(**{"num_blocks": self.job.size} | {n: given[n] for n in names if n in given})
             name, width = smaller_argument(self.request.recipe("smaller"), config)
             recipes["smaller"] = self.request.recipe("smaller", f"model.{name}={width}")
