@@ -158,8 +158,12 @@ def make_share(method: str, layers: Sequence[Layer], p: int, ranks: Ranks, kind:
         sizes, placed = (layer.in_features, layer.out_features), {"process_group": ranks.process_group, **kind}
         if method == "phantom":
             assert layer.phantom_width is not None
-            how: Any = {"mixing": layer.mixing, "latents": layer.latents, "predecessor": _last_above(layer, layers, made)}
-            one: SplitLinear = PhantomLinear(*sizes, p, layer.phantom_width, layer.bias, **how, **placed)
+            placed |= {
+                "mixing": layer.mixing,
+                "latents": layer.latents,
+                "predecessor": _last_above(layer, layers, made),
+            }
+            one: SplitLinear = PhantomLinear(*sizes, p, layer.phantom_width, layer.bias, **placed)
         else:
             cut = "row" if method == "tensor_parallel" and is_row(layer) else "column"
             one = ParallelLinear(*sizes, cut, layer.bias, **placed)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from reference import chain_oracle
+from reference import chain_oracle, off_diagonal
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -262,3 +262,30 @@ def _check_messages(messages):
 def test_layers_called_apart_are_refused():
     for latents in ("both", "previous"):
         _check_messages(_called_apart(latents, None))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[1] != "own"])
+def test_latents_that_only_the_next_layer_reads(kind):
+    """The first layer's output is dropped; what the second reads of it besides still has its gradients."""
+    module, layers, factors = chain(*kind, 4)
+    first, second, *_ = module.fcs
+    x = batch(4, [5])[0].requires_grad_()
+    h = torch.tanh(first(x)).detach()
+    second(h).square().sum().backward()
+    grads = [x.grad, *(p.grad for layer in layers[:2] for _, p in layer.named_parameters(recurse=False))]
+    whole = x.detach().clone().requires_grad_()
+    ((_, latents), given) = kind, factors[:2]
+    z = h @ torch.block_diag(*given[1]["weight"].chunk(4)).mT
+    own = off_diagonal(given[1]["compressor_weight"], given[1]["decompressor_weight"], 4, kind[0])
+    z = z + (whole if latents == "previous" else h) @ own.mT
+    if latents == "both":
+        made, read = given[0]["compressor_weight"], given[1]["decompressor_before_weight"]
+        z = z + whole @ off_diagonal(made, read, 4, kind[0]).mT
+    z.square().sum().backward()
+    wanted = [
+        whole.grad,
+        *(given[n][name].grad for n in (0, 1) for name, _ in layers[n].named_parameters(recurse=False)),
+    ]
+    assert any(grad is not None for grad in wanted[1:5]) is (latents == "both")
+    for got, right in zip(grads, wanted, strict=True):
+        assert (got is None or not got.any()) if right is None else difference(got, right) < 1e-10
