@@ -269,9 +269,6 @@ class Mix(torch.autograd.Function):
         dgs: Sequence[Tensor | None],
     ) -> tuple[Tensor | None, ...]:
         """The same as operations that have gradients themselves."""
-        for message in (*call.messages, *call.asked):
-            if message is not None:
-                message.returning = None  # gradients go the usual way
         grads: list[Tensor | None] = [*dzs, *dgs]
 
         def again(x: Tensor, *tensors: Any) -> list[Tensor]:

@@ -133,7 +133,7 @@ class PhantomLinear(SplitLinear):
         self._order = _Order(parts)
         check_phantom_width(phantom_width)
         check_mixing(mixing, latents)
-        _check_predecessor(predecessor, latents, num_blocks, mixing)
+        _check_predecessor(predecessor, latents, num_blocks, mixing, process_group)
         self.num_blocks = num_blocks
         self.mixing, self.latents = mixing, latents
         self.phantom_width = resolve_phantom_width(phantom_width, in_features, out_features, num_blocks, mixing)
@@ -209,42 +209,50 @@ class PhantomLinear(SplitLinear):
     ) -> list[Tensor]:
         counts = (x.shape[0],) if rows is None else rows.counts
         each = len(factors) // len(layers)
-        parts: list[Part] = []
-        messages: list[Message | None] = []
-        for n, layer in enumerate(layers):
-            weight, compressor, decompressor, bias, before = factors[n * each : (n + 1) * each]
-            letter = None
-            if layer.predecessor:
-                letter = layer.mailbox.take(layer.name, layer.predecessor[0].name, counts, x.dtype)
-            if letter is not None and layer.in_before:
-                compressor, decompressor, before = None, None, decompressor
-            latents = None if letter is None else letter.latents
-            parts.append(Part(weight, compressor, decompressor, bias, before, latents))
-            messages.append(None if letter is None else letter.message)
-        asking = [(n, follower) for n, layer in enumerate(layers) for follower in layer.followers]
-        stale = [follower for _, follower in asking if follower.in_before]
-        asked = tuple(Message(None) for _ in stale)
+        letters = [layer._letter(counts, x.dtype) for layer in layers]
+        parts = [
+            layer._part(factors[n * each : (n + 1) * each], letter)
+            for n, (layer, letter) in enumerate(zip(layers, letters, strict=True))
+        ]
+        followers = [(n, follower) for n, layer in enumerate(layers) for follower in layer.followers]
+        asking = [follower for _, follower in followers if follower.in_before]  # for latents of x
         call = Call(
             Cut(self.num_blocks, self.ranks),
             MIXINGS[self.mixing],
             rows,
-            f"latents of {self.name!r}" if rows else "",
+            "" if rows is None else f"latents of {self.name!r}",
             len(layers),
-            tuple(messages),
-            asked,
+            tuple(None if letter is None else letter.message for letter in letters),
+            tuple(Message(None) for _ in asking),
         )
         tensors = [tensor for part in parts for tensor in part]
-        tensors += cast(x, [follower.compressor_weight for follower in stale])[1]
+        tensors += cast(x, [follower.compressor_weight for follower in asking])[1]
         plainly = not torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_transformed()
         outputs = mix(x, call, *tensors) if rows is None and plainly else Mix.apply(x, call, *tensors)
-        zs, made = list(outputs[: len(layers)]), outputs[len(layers) :]
-        own, further = iter(made), iter(zip(made[len(made) - len(stale) :], asked, strict=True))
-        latents_of = [next(own) if part.compressor is not None else None for part in parts]
-        for n, follower in asking:
-            latents, message = next(further) if follower.in_before else (latents_of[n], None)
-            assert latents is not None  # whom others read has latents of its own input
+
+        made = iter(outputs[len(layers) :])
+        own = [None if part.compressor is None else next(made) for part in parts]
+        messages = iter(call.asked)
+        for n, follower in followers:
+            latents, message = (next(made), next(messages)) if follower.in_before else (own[n], None)
+            assert latents is not None  # whoever is read beside its follower's own makes latents
             follower.mailbox.letter = Letter(latents, message, counts, mode())
-        return [layer._by_part(z) for layer, z in zip(layers, zs, strict=True)]
+        return [layer._by_part(z) for layer, z in zip(layers, outputs, strict=False)]
+
+    def _letter(self, counts: tuple[int, ...], dtype: torch.dtype) -> Letter | None:
+        """What its predecessor has left for it; None without one."""
+        for predecessor in self.predecessor:
+            return self.mailbox.take(self.name, predecessor.name, counts, dtype)
+        return None
+
+    def _part(self, factors: Sequence[Any], letter: Letter | None) -> Part:
+        """The tensors that it computes with."""
+        weight, compressor, decompressor, bias, before = factors
+        if letter is None:
+            return Part(weight, compressor, decompressor, bias)
+        if self.latents == "both":
+            return Part(weight, compressor, decompressor, bias, before, letter.latents)
+        return Part(weight, None, None, bias, decompressor, letter.latents)  # C has been read by the predecessor
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -360,13 +368,17 @@ def _check_sizes(in_features: int, out_features: int, num_blocks: int, num_ranks
         )
 
 
-def _check_predecessor(predecessor: Any, latents: str, num_blocks: int, mixing: str) -> None:
+def _check_predecessor(
+    predecessor: Any, latents: str, num_blocks: int, mixing: str, process_group: ProcessGroup | None
+) -> None:
     if (predecessor is not None) != (latents != "own"):
         raise PhantomError(
             f"latents={latents!r}: needs a predecessor, the layer before it in its chain."
             if predecessor is None
             else "a predecessor is read where latents is 'both' or 'previous': this layer reads its own."
         )
+    if predecessor is not None and predecessor.ranks.process_group is not process_group:
+        raise PhantomError("the predecessor lies on other ranks: give both layers the same process_group.")
     if predecessor is not None and (predecessor.num_blocks, predecessor.mixing) != (num_blocks, mixing):
         raise PhantomError(
             f"the predecessor has num_blocks={predecessor.num_blocks}, mixing={predecessor.mixing!r}, the layer "

@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from reference import chain_oracle
+from reference import chain_oracle, off_diagonal
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_phantom.config import LATENTS, MIXINGS, PhantomConfig
+from lightning_phantom.distributed.agreement import agreement_of
 from lightning_phantom.errors import LayoutError
 from lightning_phantom.layers.split import split_layers
 from lightning_phantom.swap import phantomize_
@@ -81,8 +82,11 @@ def largest_error(kind, p, group=None, across=None):
     mine = x.split(counts)[me].clone().requires_grad_()
     out = module(mine).reshape(-1, WIDTHS[-1])
     (out * grad.split(counts)[me]).sum().backward()
+    with torch.no_grad():
+        again = module(mine).reshape(-1, WIDTHS[-1])
     pairs = []
     if counts[me]:
+        pairs += [(again, out)]
         pairs += [(out, z.split(counts)[me]), (mine.grad, whole.grad.split(counts)[me] * world)]
     for layer, wanted in zip(layers, factors, strict=True):
         for name, parameter in layer.named_parameters(recurse=False):
@@ -109,6 +113,7 @@ def _several_ranks():
         "errors": found,
         "twice": max(_differentiated_twice(kind, group) for kind in KINDS),
         "checkpointed": [_checkpointed(kind, group) for kind in KINDS],
+        "shared": max(_shared_batch(kind, group) for kind in KINDS),
         "order": {kind: _order(kind, group) for kind in (("pairwise", "previous"), ("private", "own"))},
         "apart": [_called_apart(latents, group) for latents in ("both", "previous")],
     }
@@ -130,6 +135,18 @@ def _differentiated_twice(kind, group):
         for layer, wanted in zip(layers, factors, strict=True)
         for name, parameter in layer.named_parameters(recurse=False)
     )
+
+
+def _shared_batch(kind, group):
+    """All ranks read one batch, as in prediction."""
+    module, _, factors = chain(*kind, 4, group)
+    x, _ = batch(4, [3])
+    agreement_of(group).shared_batches = True
+    try:
+        with torch.no_grad():
+            return difference(module(x) * 1.0, chain_oracle(factors, ACTIVATIONS, x, *kind, 4))
+    finally:
+        agreement_of(group).shared_batches = False
 
 
 def _checkpointed(kind, group):
@@ -237,7 +254,7 @@ def _check_order(events, kind):
 def test_several_ranks(size):
     for result in run_ranks(size, _several_ranks):
         assert max(result["errors"].values()) < 1e-10, result["errors"]
-        assert result["twice"] < 1e-10 and all(result["checkpointed"])
+        assert result["twice"] < 1e-10 and result["shared"] < 1e-10 and all(result["checkpointed"])
         for kind, events in result["order"].items():
             _check_order(events, kind)
         for messages in result["apart"]:
@@ -262,3 +279,30 @@ def _check_messages(messages):
 def test_layers_called_apart_are_refused():
     for latents in ("both", "previous"):
         _check_messages(_called_apart(latents, None))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[1] != "own"])
+def test_latents_that_only_the_next_layer_reads(kind):
+    """The first layer's output is dropped; what the second reads of it besides still has its gradients."""
+    module, layers, factors = chain(*kind, 4)
+    first, second, *_ = module.fcs
+    x = batch(4, [5])[0].requires_grad_()
+    h = torch.tanh(first(x)).detach()
+    second(h).square().sum().backward()
+    grads = [x.grad, *(p.grad for layer in layers[:2] for _, p in layer.named_parameters(recurse=False))]
+    whole = x.detach().clone().requires_grad_()
+    ((_, latents), given) = kind, factors[:2]
+    z = h @ torch.block_diag(*given[1]["weight"].chunk(4)).mT
+    own = off_diagonal(given[1]["compressor_weight"], given[1]["decompressor_weight"], 4, kind[0])
+    z = z + (whole if latents == "previous" else h) @ own.mT
+    if latents == "both":
+        made, read = given[0]["compressor_weight"], given[1]["decompressor_before_weight"]
+        z = z + whole @ off_diagonal(made, read, 4, kind[0]).mT
+    z.square().sum().backward()
+    wanted = [
+        whole.grad,
+        *(given[n][name].grad for n in (0, 1) for name, _ in layers[n].named_parameters(recurse=False)),
+    ]
+    assert any(grad is not None for grad in wanted[1:5]) is (latents == "both")
+    for got, right in zip(grads, wanted, strict=True):
+        assert (got is None or not got.any()) if right is None else difference(got, right) < 1e-10

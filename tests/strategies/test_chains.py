@@ -193,6 +193,9 @@ def test_copies_have_chains_of_their_own():
     twin = copy.deepcopy(module)
     assert twin[2].predecessor == (twin[0],) and twin[0].followers == (twin[2],)
     assert torch.equal(twin(x), out)
+    h = module[:2](x)
+    twin(2 * x)  # between two layers of the other
+    assert torch.equal(module[2:](h), out)
     with torch.no_grad():
         twin[0].compressor_weight.zero_()
     assert torch.equal(module(x), out) and not torch.equal(twin(x), out)
