@@ -57,6 +57,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "chameleon": {"made": {"vocabulary_map": {"<image>": 4, **{f"IMGIMG{c}Z": n for n, c in enumerate("ABCDEFGH")}}}},
     "cohere_compass": {"small": {"text_config": {"rope_parameters": COHERE_ROPE}}},
     "cohere_compass_text": {"small": {"rope_parameters": COHERE_ROPE}},
+    "cvt": {"small": {"depth": [1, 2, 3]}},
     "csm": {"small": {"codec_config": {"upsample_groups": 32}}},
     "dbrx": {"small": {"attn_config": {"rope_theta": 1e4}}},
     "deepseek_ocr2": {"small": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}}},

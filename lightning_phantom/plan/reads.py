@@ -44,13 +44,14 @@ def read_by_parents(root: nn.Module) -> dict[nn.Module, str]:
 @cache
 def _bodies_of(cls: type[nn.Module]) -> list[ast.AST]:
     """The forward of a class and the methods that it calls, those that name a weight of another module."""
-    bodies, names = [], ["forward"]
+    bodies: list[ast.AST] = []
+    names = ["forward"]
     for name in names:
         method = getattr(cls, name, None)
         if getattr(method, "__module__", "torch.nn").startswith("torch."):  # see `plan.transformer` for what those read
             continue
         try:
-            source = textwrap.dedent(inspect.getsource(method))  # type: ignore[arg-type]
+            source = textwrap.dedent(inspect.getsource(method))
             bodies += [ast.parse(source)] if _WEIGHT.search(source) else []
         except (OSError, TypeError, SyntaxError):
             continue
