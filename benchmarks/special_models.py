@@ -154,7 +154,7 @@ _INPUTS: dict[str, dict[str, tuple[Any, ...]]] = {
     "perceiver": {"inputs": (16, "d_model")},
     "pix2struct": {"flattened_patches": (16, 770), "attention_mask": ("ones", 16), "decoder_input_ids": ("ids", 8)},
     "qwen3_asr_encoder": {"input_features": ("num_mel_bins", 100), "input_features_mask": ("ones", 100)},
-    "seggpt": {"pixel_values": (3, 64, 32), "prompt_pixel_values": (3, 64, 32), "prompt_masks": (3, 64, 32)},
+    "seggpt": {"pixel_values": (3, 32, 32), "prompt_pixel_values": (3, 32, 32), "prompt_masks": (3, 32, 32)},
     "speech-encoder-decoder": {"input_values": (1600,), "decoder_input_ids": ("ids", 8)},
     "speecht5": {"input_values": (8, "hidden_size"), "decoder_input_values": (8, "hidden_size")},
     "timesfm": {"past_values": (64,), "past_values_padding": ("zeros", 64), "freq": ("zeros", 1)},
