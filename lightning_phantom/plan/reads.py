@@ -31,7 +31,7 @@ def read_by_parents(root: nn.Module) -> dict[nn.Module, str]:
         if isinstance(owner, nn.MultiheadAttention):  # hands them to a fused kernel
             found.update(dict.fromkeys(owner.children(), f"{type(owner).__name__} {name!r} itself"))
         reads = _Reads(owner)
-        for body in _bodies_of(type(owner)):
+        for body in _bodies_of(type(owner)):  # type: ignore[arg-type]
             reads.visit(body)
         for path in reads.found:
             try:
@@ -51,7 +51,7 @@ def _bodies_of(cls: type[nn.Module]) -> list[ast.AST]:
         if getattr(method, "__module__", "torch.nn").startswith("torch."):  # see `plan.transformer` for what those read
             continue
         try:
-            source = textwrap.dedent(inspect.getsource(method))
+            source = textwrap.dedent(inspect.getsource(method))  # type: ignore[arg-type]
             bodies += [ast.parse(source)] if _WEIGHT.search(source) else []
         except (OSError, TypeError, SyntaxError):
             continue
