@@ -63,10 +63,14 @@ class Feed:
     # The search
 
     def tried(self) -> None:
-        """Raise what the model does on these inputs."""
+        """Raise what the model does on these inputs, and where nothing sensible comes out."""
         with torch.no_grad(), InFloat64():
             torch.manual_seed(0)
-            self.model(**self.inputs)
+            outputs = list(tensors_in(self.model(**self.inputs)))
+        if not outputs:
+            raise ValueError("it has no output of floating point numbers")
+        if not all(torch.isfinite(x).all() for x in outputs):
+            raise ArithmeticError("its outputs are not finite")
 
     def sets(self) -> list[list[str]]:
         """Names of arguments to begin with: the needed ones, and one or another of those that models mostly take."""
@@ -206,6 +210,18 @@ class Feed:
         """Height and width of an image."""
         sides = next((v for part in parts_of(self.config) if (v := getattr(part, "image_size", None))), 32)
         return (sides, sides) if isinstance(sides, int) else tuple(sides)[-2:]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The floating point tensors in what a model returns, in order."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value + 0 if type(value) is not Tensor else value
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from tensors_in(each)
 
 
 def waves(*shape: int) -> Tensor:

@@ -52,7 +52,7 @@ WIDTHS = [
 ]
 # What is a number of features, in any config.
 WIDE = re.compile(
-    r"size|dim|channels|width|rank|planes|filters|features|units|d_model|d_ff|d_kv|d_head|d_inner|n_embd|n_inner|mrope_section"
+    r"size|dim|channels|channel_list|width|rank|planes|filters|features|units|d_model|d_ff|d_kv|d_head|d_inner|n_embd|n_inner|mrope_section"
 )
 NARROW = re.compile(
     r"vocab|image|img|patch|window|kernel|(?<![a-z])num_(?!channels|filters)|(?<![a-z])n_(?!embd|inner)|max_|length|seq|position|batch|chunk|group|"

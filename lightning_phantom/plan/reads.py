@@ -31,7 +31,7 @@ def read_by_parents(root: nn.Module) -> dict[nn.Module, str]:
         if isinstance(owner, nn.MultiheadAttention):  # hands them to a fused kernel
             found.update(dict.fromkeys(owner.children(), f"{type(owner).__name__} {name!r} itself"))
         reads = _Reads(owner)
-        for body in _bodies_of(type(owner)):  # type: ignore[arg-type]  # classes are hashable
+        for body in _bodies_of(type(owner)):  # type: ignore[arg-type]
             reads.visit(body)
         for path in reads.found:
             try:
