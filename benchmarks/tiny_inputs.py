@@ -154,9 +154,8 @@ class Feed:
             yield from self.pictures("video" in name or "frames" in name, widths)
         elif HIDDEN.search(name) and not name.endswith("_ids"):
             yield from self.patches([self.of("hidden_size", 32)]) if patched and "embeds" not in name else ()
-            yield from (
-                waves(b, TOKENS, width) for width in [self.of("hidden_size", 0) or self.of("d_model", 32), *widths]
-            )
+            hidden = self.of("hidden_size", 0) or self.of("d_model", 32)
+            yield from (waves(b, TOKENS, hidden), waves(b, hidden, TOKENS), *(waves(b, TOKENS, n) for n in widths))
         elif SOUND.search(name) and not name.endswith("_ids"):
             yield from self.sounds(name, widths)
         else:
