@@ -3,11 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+QUICK := tests/test_borders.py tests/test_swap.py tests/cost/test_count.py tests/layers/test_factors.py tests/layers/test_phantom.py \
+	tests/plan/test_plan.py tests/plan/test_structure.py tests/plan/test_unfit.py tests/checkpoints/test_format.py
+
 .PHONY: demo check test lint docs coverage package clean
 
 demo: $(VENV)/.installed-demo  ## train the digits on two ranks by DDP and by phantom, and show what each took
 	$(BIN)/lightning-phantom fit --config examples/digits.yaml --config examples/digits_ddp.yaml
 	$(BIN)/lightning-phantom fit --config examples/digits.yaml
+
+check: lint  ## format, lint, types and the quick tests, for whoever changes a line
+	$(BIN)/python -m pytest -q -m "not background" $(QUICK)
 
 test: lint docs  ## the whole gate: format, lint, types, docs, tests
 	$(BIN)/python -m pytest

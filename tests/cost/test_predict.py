@@ -329,7 +329,8 @@ def test_plan_command_knows_how_blocks_mix(tmp_path, capsys):
         *(*strategy, "--trainer.strategy.mixing", "private"),
     )
     assert "num_blocks=4, mixing=private, latents=both" in out and "reads its own latents and those of" in out
-    expected = estimate_cost([(64, 64)] * 3, 4, 0.25, 2, 256, mixing="private", latents="both").phantom
+    how = {"entry_needs_grad": False, "mixing": "private", "latents": "both"}
+    expected = estimate_cost([(64, 64)] * 3, 4, 0.25, 2, 256, **how).phantom
     phantom = result["here"]["methods"]["phantom"]
     assert (phantom["weights"], phantom["sent_bytes"]) == (expected.weights, expected.sent_bytes)
     assert (result["config"]["mixing"], result["config"]["latents"]) == ("private", "both")
