@@ -95,7 +95,7 @@ TASKS = {
             Model(
                 "phantom, both latents",
                 phantom(num_blocks=8, phantom_width=20, init="random", latents="both"),
-                2.8e-3,
+                2e-3,
                 "phantom",
                 beside=True,
             ),
