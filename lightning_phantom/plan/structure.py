@@ -253,7 +253,7 @@ def _right_before(group: list[Flow], part: set[str], depth: Mapping[str, int], c
     sources = [source for source in group[0].sources if source in part]
     last = [source for source in sources if depth[source] == depth[group[0].name] - 1]
     once = all(called[name] == 1 for name in (*last, *(flow.name for flow in group)))
-    return last[0] if len(last) == 1 and once and not group[0].normed else None
+    return last[0] if len(last) == 1 and once and not (group[0].normed or group[0].enters) else None
 
 
 # Torch's transformer layers: no trace goes through an encoder's

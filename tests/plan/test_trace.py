@@ -63,8 +63,8 @@ def test_a_sequential_is_one_network_of_any_length():
         FFN(
             (
                 Group(("0",), 0, True, False, False),
-                Group(("3",), 1, False, False, False, "0"),
-                Group(("5",), 2, False, True, True, "3"),
+                Group(("3",), 1, False, False, False, after="0"),
+                Group(("5",), 2, False, True, True, after="3"),
             ),
             "a trace connects its linears",
         ),
@@ -82,7 +82,10 @@ def test_what_reads_one_value_is_one_group():
             return self.fc2(h), self.other(h), h.sum()
 
     (ffn,) = plan_of(Heads(other=nn.Linear(32, 8))).ffns
-    assert ffn.groups == (Group(("fc1",), 0, True, True, True), Group(("fc2", "other"), 1, False, True, True, "fc1"))
+    assert ffn.groups == (
+        Group(("fc1",), 0, True, True, True),
+        Group(("fc2", "other"), 1, False, True, True, after="fc1"),
+    )
 
 
 def test_a_question_about_a_value_is_no_reader_of_it():
@@ -92,7 +95,7 @@ def test_a_question_about_a_value_is_no_reader_of_it():
             return self.fc2(h.to(h.dtype) * (1 / h.shape[0])).view(h.size(0), -1)
 
     (ffn,) = plan_of(Asks(sizes=(16, 24, 8))).ffns
-    assert ffn.groups == (Group(("fc1",), 0, True, False, False), Group(("fc2",), 1, False, True, True, "fc1"))
+    assert ffn.groups == (Group(("fc1",), 0, True, False, False), Group(("fc2",), 1, False, True, True, after="fc1"))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +153,7 @@ def test_parameters_with_a_number_a_feature_connect_but_what_is_made_of_them_doe
 
     parameters = {"scale": nn.Parameter(torch.ones(1, 24)), "shift": nn.Parameter(torch.ones(24))}
     (ffn,) = plan_of(Scales(sizes=(16, 24, 8), **parameters)).ffns
-    assert ffn.groups == (Group(("fc1",), 0, True, False, False), Group(("fc2",), 1, False, True, True))
+    assert ffn.groups == (Group(("fc1",), 0, True, False, False), Group(("fc2",), 1, False, True, True, after="fc1"))
     assert groups_of(Transforms(sizes=(16, 24, 8), **parameters)) == []
     matrix = {"scale": nn.Parameter(torch.ones(5, 24)), "shift": nn.Parameter(torch.ones(24))}
     assert groups_of(Scales(sizes=(16, 24, 8), **matrix)) == []
