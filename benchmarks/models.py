@@ -220,6 +220,7 @@ def pulled_back(layer: Any, kind: str, grad: Tensor | None) -> Tensor | None:
         return None
     p = layer.num_blocks
     grad = grad if grad.shape == (layer.out_features, layer.in_features) and not _turned(layer) else grad.T
+    grad = layer.by_block(grad)
     blocks = [row.chunk(p, 1) for row in grad.chunk(p, 0)]
     if kind == "weight":
         return torch.cat([blocks[i][i] for i in range(p)])
