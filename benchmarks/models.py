@@ -193,6 +193,8 @@ def differences(
         owner, _, kind = name.rpartition(".")
         if owner in layers and kind != "bias":
             wanted = pulled_back(layers[owner], kind, expected[f"{owner}.weight"])
+        elif owner in layers and expected[name] is not None:
+            wanted = layers[owner].by_block(expected[name])
         else:
             wanted = expected[name]
         got = parameter.grad

@@ -271,12 +271,13 @@ def _torchs(root: nn.Module, left: Mapping[str, Any]) -> Iterator[FFN]:
 
 def _registered(root: nn.Module, left: Mapping[str, Any]) -> Iterator[FFN]:
     """D -> h and h -> d (gated: d -> h twice, or d -> 2h), registered one after the other, nothing linear between."""
+    attentions = _attentions(root)
     for run in _runs(root):
         if len(run) > 3 or not all(name in left for name in run):
             continue
         if _match(root, run[:-1], run[-1]):
             yield _pair(tuple(run[:-1]), run[-1], "d -> h and h -> d in one block")
-        elif len(run) == 2 and _holds_gate_and_up(root, *run):
+        elif run[0].rpartition(".")[0] not in attentions and len(run) == 2 and _holds_gate_and_up(root, *run):
             first, second = (Group((name,), depth, True, depth == 1, True) for depth, name in enumerate(run))
             yield FFN((first._replace(parts=2), second), "d -> 2h and h -> d in one block: gate and up are one linear")
 

@@ -105,6 +105,10 @@ def test_a_gate_and_up_in_one_linear_make_a_network_with_the_one_that_reads_thei
     narrow = Untraceable(gate_up=(16, 24), down=(12, 16))  # of which 8 blocks would have a part and a half each
     assert [(layer.decision, layer.parts) for layer in plan_of(narrow, 8).layers] == [("skip", 1), ("skip", 1)]
     assert "gate and up are one linear" in reasons(module)["gate_up"]
+    mixer = Untraceable(weights=(16, 64), value=(32, 16))
+    mixer.attn = nn.Identity()  # its kernel, say
+    said = reasons(nn.ModuleDict({"self_attn": mixer, "mlp": module}))
+    assert "part of the attention" in said["self_attn.weights"] and "part of the attention" in said["self_attn.value"]
 
 
 # What a model says itself
