@@ -245,7 +245,7 @@ def _check_layer(name: str, kind: str, theirs: Mapping[str, Any] | None, ours: M
     if theirs is None or ours is None:
         where = "the model" if theirs is None else "the checkpoint"
         raise CheckpointError(f"{name!r} is a {kind} layer only in {where}; use the plan it was saved with.")
-    for key in {**theirs, **ours}.keys() - {_FOLLOWED}:
+    for key in (key for key in {**theirs, **ours} if key != _FOLLOWED):  # in the order of the record
         saved, here = (record.get(key, _USUAL.get(key)) for record in (theirs, ours))
         if saved != here:
             raise CheckpointError(
