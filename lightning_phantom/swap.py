@@ -111,10 +111,13 @@ def _in_order_of_chains(plan: Plan) -> list[PlannedLayer]:
 
 
 def _link_chains(module: nn.Module, swapped: Mapping[str, SplitLinear]) -> None:
-    """Make predecessors and followers those of the module, where layers have just taken the places of others."""
-    here = {layer for layer in module.modules() if isinstance(layer, PhantomLinear)}
+    """Make predecessors and followers those of the module, where layers have just taken the places of others.
+
+    In the module's order, on every rank alike: followers' latents travel in the order of the followers.
+    """
+    here = [layer for layer in module.modules() if isinstance(layer, PhantomLinear)]
     for layer in here:
-        layer.followers = tuple(follower for follower in layer.followers if follower in here)
+        layer.followers = ()
     for layer in here:
         for predecessor in layer.predecessor:
             now = predecessor if predecessor in here else swapped.get(predecessor.name, predecessor)

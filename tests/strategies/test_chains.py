@@ -207,6 +207,23 @@ def test_copies_have_chains_of_their_own():
     assert len(list(module.named_parameters())) == len(split_layers(module)) * 4 + 2  # links are no modules
 
 
+def test_followers_come_in_the_order_of_the_module():
+    """On every rank alike: their latents travel side by side in that order."""
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.heads = nn.ModuleList(nn.Linear(16, 16) for _ in range(12))
+
+        def forward(self, x):
+            x = torch.relu(self.second(torch.relu(self.first(x))))
+            return [self.heads[n](x) for n in range(12)]
+
+    module = phantomize_(Heads(), PhantomConfig(4, init="random", latents="previous"))
+    assert [layer.name for layer in module.second.followers] == [f"heads.{n}" for n in range(12)]
+
+
 def test_bad_layers_are_refused():
     first = PhantomLinear(16, 16, 4, 2)
     for arguments, said in (
