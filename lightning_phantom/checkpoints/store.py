@@ -114,8 +114,9 @@ class Store:
             # Its dense weights are as good as any; the optimizer's state is of other layers.
             checkpoint = without_entry(checkpoint)
         check_fits(self.module, checkpoint)
+        layers = split_layers(self.module)
         for name, record in records_of(checkpoint).items():
-            split_layers(self.module)[name].take_over(record)
+            layers[name].take_over(record)
         if is_full(checkpoint):
             return full.take_share(self.module, checkpoint, as_read)
         sharded.check_splits(self.module, checkpoint)

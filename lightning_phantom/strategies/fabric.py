@@ -45,9 +45,9 @@ class PhantomFabricStrategy(fabric.strategies.ddp.DDPStrategy):
         phantom_parallel_size: R.
         plan: which layers to swap; None finds the feed-forward networks.
         init: how the layers start.
+        state_dict_type: `"full"`, one file, or `"sharded"`, a directory.
         mixing: which latents blocks make for each other.
         latents: which of them a layer in a chain reads.
-        state_dict_type: `"full"`, one file, or `"sharded"`, a directory.
         kwargs: for Fabric's DDPStrategy (`timeout`, `process_group_backend`) and DistributedDataParallel.
 
     Raises:
@@ -64,9 +64,9 @@ class PhantomFabricStrategy(fabric.strategies.ddp.DDPStrategy):
         phantom_parallel_size: int | Literal["auto"] = "auto",
         plan: dict[str, str] | None = None,
         init: str = "auto",
+        state_dict_type: Literal["full", "sharded"] = "full",
         mixing: Literal["pairwise", "private"] = "pairwise",
         latents: Literal["own", "both", "previous"] = "own",
-        state_dict_type: Literal["full", "sharded"] = "full",
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("timeout", timedelta(minutes=30))

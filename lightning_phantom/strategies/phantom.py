@@ -33,15 +33,15 @@ class PhantomStrategy(SplitStrategy):
             in common with num_blocks).
         plan: `{"glob of module name": "phantom" | "skip"}`; None finds the feed-forward networks.
         init: how the layers start, see `PhantomConfig`.
-        mixing: `"pairwise"` or `"private"`, which latents blocks make for each other, see `PhantomConfig`.
-        latents: `"own"`, `"both"` or `"previous"`, which a layer in a chain reads, see `PhantomConfig`.
         state_dict_type: how checkpoints are saved: `"full"`, one file with dense weights that any strategy can load, or
             `"sharded"`, a directory to which every rank writes its share. Either kind is loaded.
         weights_only: passed to `torch.load` when a checkpoint is resumed, unless `Trainer.fit(weights_only=...)` is.
         check_replicas: compare the replicated parameters of all ranks in the first steps and every 1000, and the first
             batches of a prediction, which the ranks of a group share. `"auto"` and True check, False does not.
-        timeout: how long a collective waits for a rank before it gives up; at least a minute on busy machines.
         process_group_backend: `"nccl"`, `"gloo"`; None chooses by device.
+        timeout: how long a collective waits for a rank before it gives up; at least a minute on busy machines.
+        mixing: `"pairwise"` or `"private"`, which latents blocks make for each other, see `PhantomConfig`.
+        latents: `"own"`, `"both"` or `"previous"`, which a layer in a chain reads, see `PhantomConfig`.
         accelerator: set by the Trainer, like the other arguments below.
         parallel_devices: set by the Trainer.
         cluster_environment: set by the Trainer.
@@ -65,13 +65,13 @@ class PhantomStrategy(SplitStrategy):
         phantom_parallel_size: int | Literal["auto"] = "auto",
         plan: dict[str, str] | None = None,
         init: str = "auto",
-        mixing: Literal["pairwise", "private"] = "pairwise",
-        latents: Literal["own", "both", "previous"] = "own",
         state_dict_type: Literal["full", "sharded"] = "full",
         weights_only: bool | None = None,
         check_replicas: Literal["auto"] | bool = "auto",
         process_group_backend: str | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
+        mixing: Literal["pairwise", "private"] = "pairwise",
+        latents: Literal["own", "both", "previous"] = "own",
         accelerator: Any = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: Any = None,
