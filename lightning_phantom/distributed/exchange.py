@@ -51,17 +51,17 @@ def sum_tokens(x: Tensor, ranks: Ranks, rows: Rows, what: str, scale: float = 1.
 
 def gather_latents(x: Tensor, ranks: Ranks, rows: Rows | None, what: str) -> Tensor:
     """[T, w] of each rank -> [R, T, w]."""
-    return x.unsqueeze(0) if ranks.size == 1 else _Gather.apply(x, ranks, rows, what)
+    return x.unsqueeze(0) if ranks.size == 1 else _Latents.apply(x, "all_gather", ranks, rows, what)
 
 
 def sum_latents(x: Tensor, ranks: Ranks, rows: Rows, what: str) -> Tensor:
     """[R, T, w] on each rank -> this rank's [T, w] of their sum."""
-    return x[0] if ranks.size == 1 else _Sum.apply(x, ranks, rows, what)
+    return x[0] if ranks.size == 1 else _Latents.apply(x, "reduce_scatter", ranks, rows, what)
 
 
 def transpose_latents(x: Tensor, ranks: Ranks, rows: Rows | None, what: str) -> Tensor:
     """[R, T, w], a part for each rank -> [R, T, w], a part from each."""
-    return x if ranks.size == 1 else _Transpose.apply(x, ranks, rows, what)
+    return x if ranks.size == 1 else _Latents.apply(x, "transpose", ranks, rows, what)
 
 
 _CONJUGATES = {
@@ -89,37 +89,18 @@ class _Exchange(torch.autograd.Function):
         return back, None, None, None, None, None
 
 
-class _Gather(torch.autograd.Function):
+class _Latents(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: Ranks, rows: Rows, what: str) -> Tensor:
-        ctx.among = ranks, rows, _of_gradients(what)
-        return ranks.all_gather(x, rows, what)()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _Sum.apply(grad, *ctx.among), None, None, None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: Ranks, rows: Rows, what: str) -> Tensor:
-        ctx.among = ranks, rows, _of_gradients(what)
-        return ranks.reduce_scatter(x, rows, what)()
+    def forward(ctx: Any, x: Tensor, way: str, ranks: Ranks, rows: Rows, what: str) -> Tensor:
+        ctx.among = _ADJOINTS[way], ranks, rows, _of_gradients(what)
+        return getattr(ranks, way)(x, rows, what)()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _Gather.apply(grad, *ctx.among), None, None, None
+        return _Latents.apply(grad, *ctx.among), None, None, None, None
 
 
-class _Transpose(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: Ranks, rows: Rows, what: str) -> Tensor:
-        ctx.among = ranks, rows, _of_gradients(what)
-        return ranks.transpose(x, rows, what)()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _Transpose.apply(grad, *ctx.among), None, None, None
+_ADJOINTS = {"all_gather": "reduce_scatter", "reduce_scatter": "all_gather", "transpose": "transpose"}
 
 
 def _of_gradients(what: str) -> str:
