@@ -30,7 +30,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-DENSE_METHODS = ("ddp", "fsdp", "tensor_parallel", "tensor_parallel_layerwise", "tensor_parallel_torch")
+from lightning_phantom.cost.methods import EXACT
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def rows_of(runs: Runs) -> tuple[list[Row], float, dict[str, list[list[tuple[int
     target = max(seen[-1][1] for seen in losses[task.models[0].name])
     rows = []
     for model in task.models:
-        methods = DENSE_METHODS if model.method == "ddp" else (model.method,)
+        methods = EXACT if model.method == "ddp" else (model.method,)
         records = {ranks: runs.compared(ranks, model) for ranks in args.ranks}
         for method in methods:
             cost = {
