@@ -225,7 +225,8 @@ class _Board:
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self._store, self._rank, self._size = store, rank, size
         self._asked: SimpleQueue[tuple[str | None, Future[list[str | None]]] | None] = SimpleQueue()
-        Thread(target=self._ask, name="phantom-board", daemon=True).start()
+        self._thread = Thread(target=self._ask, name="phantom-board", daemon=True)
+        self._thread.start()
 
     def write(self, what: str | None) -> list[str | None]:
         """Write what this rank waits for; give what each rank does, None where that is nothing or unknown."""
@@ -237,8 +238,9 @@ class _Board:
             return [None]
 
     def leave(self) -> None:
-        """Write no more."""
+        """Write no more. A thread that came back from the store while the interpreter ends would abort the process."""
         self._asked.put(None)
+        self._thread.join(1)
 
     def _ask(self) -> None:
         keys = [f"phantom_waits/{r}" for r in range(self._size)]

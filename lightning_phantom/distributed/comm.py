@@ -7,9 +7,12 @@ full tensor, or twice that for a sum that every rank gets whole. Weights, statis
 
 from __future__ import annotations
 
+import atexit
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup | None
+
+_GLOO_FINISHES_S = 0.1
 
 # Newer releases of torch renamed these; the old names warn there.
 _all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -77,6 +82,16 @@ def count_wait(seconds: float) -> None:
 def _count(kind: str, sent: Tensor, elements: int) -> None:
     for traffic in _recorders:
         traffic.add(kind, elements * sent.element_size())
+
+
+@cache
+def end_quietly() -> None:
+    """Let gloo's threads finish before the interpreter ends.
+
+    They let go of a collective's tensors a moment after it has ended, and need the interpreter for it; one that finds
+    it ending aborts the process ("terminate called without an active exception"), however well its run went.
+    """
+    atexit.register(time.sleep, _GLOO_FINISHES_S)
 
 
 # Activations and gradients

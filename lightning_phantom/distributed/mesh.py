@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_phantom.distributed.agreement import agreement_of
+from lightning_phantom.distributed.comm import end_quietly
 from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import PhantomError
 
@@ -97,6 +98,7 @@ def make_mesh(sizes: Sizes, timeout: timedelta | None) -> Mesh:
     """Make this process's groups, or return those made before; every rank calls it."""
     meshes = _meshes.setdefault(dist.group.WORLD, {})
     if sizes.phantom not in meshes:
+        end_quietly()
         rows = [list(range(d * sizes.phantom, (d + 1) * sizes.phantom)) for d in range(sizes.data_parallel)]
         columns = [list(column) for column in zip(*rows, strict=True)]
         phantom, _ = dist.new_subgroups_by_enumeration(rows, timeout=timeout)
