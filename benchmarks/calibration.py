@@ -22,7 +22,7 @@ import torch
 from examples.lm import LanguageModel, Text
 from lightning_phantom import PhantomConfig, plan_phantom
 from lightning_phantom.conversion.calibration_run import CalibrationRun
-from lightning_phantom.conversion.checkpoints import to_phantom
+from lightning_phantom.conversion.to_phantom import to_phantom
 
 COLUMNS = ("p", "k", "weights", "dense", "plain", "calibrated", "saved")
 

@@ -15,16 +15,10 @@ from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.commands.terminal import command_parser, output_file, phantom_width, progress, show
 from lightning_phantom.config import PhantomConfig
 from lightning_phantom.conversion.calibration_run import CalibrationRun
-from lightning_phantom.conversion.checkpoints import (
-    check_state,
-    read,
-    to_fewer_blocks,
-    to_phantom,
-    to_plain,
-    width_setting,
-    write,
-)
+from lightning_phantom.conversion.files import check_state, read, write
+from lightning_phantom.conversion.from_phantom import to_fewer_blocks, to_plain, width_setting
 from lightning_phantom.conversion.report import ConversionReport
+from lightning_phantom.conversion.to_phantom import to_phantom
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.framework import pl
 from lightning_phantom.plan.finder import plan_phantom

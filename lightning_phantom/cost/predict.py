@@ -16,17 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from lightning_phantom.cost.count import (
-    TENSOR_PARALLEL,
-    Collective,
-    Cost,
-    Cut,
-    Group,
-    cuts,
-    element_bytes_of,
-    exact_collectives,
-    phantom_collectives,
-)
+from lightning_phantom.cost.collectives import Collective, Cut, Group, cuts, exact_collectives, phantom_collectives
+from lightning_phantom.cost.count import TENSOR_PARALLEL, Cost, element_bytes_of
 from lightning_phantom.cost.data_parallel import NOTHING, Dense, Divided
 from lightning_phantom.cost.layer import Layer, as_layers, is_row, latents_of
 from lightning_phantom.cost.machine import Machine, Stage, StepTime, Work, copy, product, step_time

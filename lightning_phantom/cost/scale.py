@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from lightning_phantom.cost.count import TENSOR_PARALLEL, Cost, Group, element_bytes_of, estimate_cost, exact_cost
+from lightning_phantom.cost.collectives import Group
+from lightning_phantom.cost.count import TENSOR_PARALLEL, Cost, element_bytes_of, estimate_cost, exact_cost
 from lightning_phantom.cost.data_parallel import NOTHING, Dense, Divided, fsdp_cost
 from lightning_phantom.cost.layer import Layer
 from lightning_phantom.cost.machine import Machine, StepTime

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
 
-from lightning_phantom.cost.count import ELEMENT_BYTES, Cut, Group
+from lightning_phantom.cost.collectives import Cut, Group
+from lightning_phantom.cost.count import ELEMENT_BYTES
 from lightning_phantom.cost.layer import Layer
 from lightning_phantom.cost.machine import Machine, Work, copy
 from lightning_phantom.cost.predict import exact_stages, phantom_stages

@@ -17,7 +17,10 @@ PACKAGE = Path(lightning_phantom.__file__).parent
 KEYS = {value for name, value in vars(format).items() if isinstance(value, str) and not name.startswith("__")}
 READERS = [
     *(path for path in (PACKAGE / "checkpoints").glob("*.py") if path.name != "format.py"),
-    *(PACKAGE / "conversion" / name for name in ("checkpoints.py", "on_disk.py")),
+    *(
+        PACKAGE / "conversion" / name
+        for name in ("files.py", "from_phantom.py", "on_disk.py", "result.py", "to_phantom.py")
+    ),
     PACKAGE / "strategies" / "saving.py",
 ]
 

@@ -21,8 +21,7 @@ from training import trainer
 from lightning_phantom import PhantomConfig, PhantomStrategy, phantomize_, plan_phantom
 from lightning_phantom.checkpoints.format import factors_of
 from lightning_phantom.commands.cli import main
-from lightning_phantom.conversion import calibrate
-from lightning_phantom.conversion import checkpoints as conversion
+from lightning_phantom.conversion import calibrate, files, from_phantom, to_phantom
 from lightning_phantom.conversion.calibrate import Moments, calibrated, improve_columns, record_inputs, refit
 from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.layers.factors import Blocks, Factors, from_dense, merge, random_factors, to_dense
@@ -177,7 +176,7 @@ def test_a_gate_in_one_linear_is_cut_as_a_strategy_cuts_it_and_merges_exactly(tm
     module, x = gated(), torch.randn(5, 16)
     checkpoint = {"state_dict": module.state_dict()}
     plan = plan_phantom(module, PhantomConfig(8, 1))
-    converted, _ = conversion.to_phantom(checkpoint, plan, tmp_path)
+    converted, _ = to_phantom.to_phantom(checkpoint, plan, tmp_path)
     phantom = phantomize_(copy.deepcopy(module), PhantomConfig(8, 1))
     assert converted["phantom"]["layers"]["0"]["parts"] == phantom[0].parts == 2
     (factors,) = factors_of(converted)
@@ -185,7 +184,7 @@ def test_a_gate_in_one_linear_is_cut_as_a_strategy_cuts_it_and_merges_exactly(tm
     module.load_state_dict(converted["state_dict"])
     assert torch.allclose(module(x), phantom(x), atol=1e-6)
 
-    merged, _ = conversion.to_fewer_blocks(converted, 2, tmp_path)
+    merged, _ = from_phantom.to_fewer_blocks(converted, 2, tmp_path)
     coarse = phantomize_(gated(), PhantomConfig(4, 2))
     (factors,) = factors_of(merged)
     coarse.load_state_dict(factors.tensors)
@@ -402,10 +401,10 @@ def test_a_module_that_brings_its_own_data_is_calibrated_with_them(folder):
 
 def test_calibration_in_several_passes_is_the_same(folder, monkeypatch):
     convert("dense.ckpt", "one.ckpt", "--config", "run.yaml", "--calibrate", 2)
-    monkeypatch.setattr(conversion, "STATISTICS_BYTES", 1)
+    monkeypatch.setattr(to_phantom, "STATISTICS_BYTES", 1)
     monkeypatch.setattr("torch.randperm", lambda n, **_: torch.arange(n))  # the order of batches, if drawn again
     convert("dense.ckpt", "three.ckpt", "--config", "run.yaml", "--calibrate", 6)
-    monkeypatch.setattr(conversion, "STATISTICS_BYTES", 2**30)
+    monkeypatch.setattr(to_phantom, "STATISTICS_BYTES", 2**30)
     convert("dense.ckpt", "again.ckpt", "--config", "run.yaml", "--calibrate", 6)
     three, again = (torch.load(f"{n}.ckpt", weights_only=True)["state_dict"] for n in ("three", "again"))
     assert all(torch.equal(three[key], again[key]) for key in three)
@@ -467,7 +466,7 @@ def test_a_conversion_that_fails_on_its_way_leaves_nothing(folder, monkeypatch):
             raise RuntimeError("no more memory")
         return from_dense(weight, *_)
 
-    monkeypatch.setattr(conversion, "from_dense", fails)
+    monkeypatch.setattr(to_phantom, "from_dense", fails)
     with pytest.raises(RuntimeError, match="no more memory"):
         convert("dense.ckpt", "x.ckpt", "--config", "run.yaml")
     assert sorted(os.listdir()) == before
@@ -502,7 +501,7 @@ def test_memory_stays_near_one_layer(folder, monkeypatch):
     model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(12)))
     torch.save({f"net.{n}.{key}": value for n, m in enumerate(model) for key, value in m.state_dict().items()}, "s.pt")
     del model
-    state = conversion.read(folder / "s.pt", trust=False)
+    state = files.read(folder / "s.pt", trust=False)
     from lightning_phantom import PhantomConfig, plan_phantom
 
     with torch.device("meta"):
@@ -516,7 +515,7 @@ def test_memory_stays_near_one_layer(folder, monkeypatch):
         with open("/proc/self/status") as status:
             held.append(next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon")))
 
-    conversion.to_phantom(state, plan, folder, on_layer=allocated)
+    to_phantom.to_phantom(state, plan, folder, on_layer=allocated)
     assert len(held) == 12
     layer = 512 * 512 * 4
     assert held[-1] - held[2] < 3 * layer  # and not the nine layers' weights and factors, 1.6 of a layer each

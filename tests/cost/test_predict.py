@@ -15,7 +15,8 @@ from lightning_phantom.commands.compare import options as compare
 from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.commands.terminal import LABELS
 from lightning_phantom.config import LATENTS, MIXINGS
-from lightning_phantom.cost.count import ELEMENT_BYTES, TENSOR_PARALLEL, Group, cuts, estimate_cost
+from lightning_phantom.cost.collectives import Group, cuts
+from lightning_phantom.cost.count import ELEMENT_BYTES, TENSOR_PARALLEL, estimate_cost
 from lightning_phantom.cost.data_parallel import Dense, Divided, estimate_data_parallel
 from lightning_phantom.cost.layer import Layer, as_layers
 from lightning_phantom.cost.methods import EXACT, METHODS
