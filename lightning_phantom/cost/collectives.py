@@ -91,7 +91,7 @@ class Cut(NamedTuple):
 def cuts(layers: Sequence[Layer], method: str) -> Iterator[tuple[Layer, Cut]]:
     """Each layer, and how a method of `TENSOR_PARALLEL` cuts it."""
     whole = False
-    for layer in as_layers(layers):
+    for layer in (each.as_exact() for each in as_layers(layers)):
         row = method != "tensor_parallel_layerwise" and is_row(layer)
         yield layer, Cut(row, method == "tensor_parallel_torch", layer.enters or whole)
         if not row:

@@ -21,6 +21,9 @@ class Layer:
         enters: whether its input is whole tokens: from outside the feed-forward network (FFN), or of a norm that
             needs them.
         leaves: whether something that needs whole tokens reads its output.
+        gates: whether its output is a gate and what it gates, side by side. In phantom layout both stay inside; tensor
+            parallelism goes back to whole tokens there, and in again.
+        gated: whether its input is the product of such two.
         needs_input_grad: whether its input needs a gradient; False at the first layer of a model fed with data.
         shares_input: whether it rides on the collectives of a sibling before it that reads the same value.
         phantom_width: k of this layer alone; None takes the one given to `estimate_cost`.
@@ -47,6 +50,8 @@ class Layer:
     mixing: str = "pairwise"
     latents: str = "own"
     predecessor: Layer | None = None
+    gates: bool = False
+    gated: bool = False
 
     @property
     def dense_weights(self) -> int:
@@ -56,6 +61,12 @@ class Layer:
     def after(self, predecessor: Layer, latents: str) -> Layer:
         """The same layer, reading latents of what comes before it."""
         return replace(self, latents=latents, predecessor=replace(predecessor, predecessor=None))
+
+    def as_exact(self) -> Layer:
+        """The same layer in tensor parallelism, where a norm behind a gate finds whole tokens."""
+        enters, leaves = self.enters or self.gated, self.leaves or self.gates
+        norms = () if self.gates else self.norms
+        return replace(self, enters=enters, leaves=leaves, norms=norms, gates=False, gated=False)
 
     def with_width(self, phantom_width: int | float, num_blocks: int) -> Layer:
         """The same layer with its k, its own or that of `phantom_width`, resolved; and its predecessor so."""

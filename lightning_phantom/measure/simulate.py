@@ -139,11 +139,11 @@ def simulate(
         torch.set_num_threads(max(1, cores // min(num_ranks, cores)))
         ranks = FilledRanks(dist.group.WORLD if num_ranks > 1 else None)
         kind = {"device": "meta", "dtype": getattr(torch, dtype)}
-        given = as_layers(layers)
-        return {
-            method: _run(partial(make_share, method, given, num_blocks, ranks, kind), given, tokens, ranks)
-            for method in ("tensor_parallel", "tensor_parallel_layerwise", "phantom")
-        }
+        found = {}
+        for method in ("tensor_parallel", "tensor_parallel_layerwise", "phantom"):
+            given = [layer if method == "phantom" else layer.as_exact() for layer in as_layers(layers)]
+            found[method] = _run(partial(make_share, method, given, num_blocks, ranks, kind), given, tokens, ranks)
+        return found
     finally:
         torch.set_num_threads(threads)
         dist.destroy_process_group()

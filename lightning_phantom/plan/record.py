@@ -102,6 +102,8 @@ class Plan:
                     depth=group.depth,
                     norms=group.norms if n == 0 else (),
                     mixing=self.config.mixing,
+                    gates=group.parts == 2,
+                    gated=group.gated,
                 )
                 if planned.predecessor:
                     layer = layer.after(found[planned.predecessor], planned.latents)

@@ -32,6 +32,7 @@ class Group(NamedTuple):
         parts: 2 where what each writes is a gate and what it gates, side by side.
         after: the linear of the FFN that comes right before them, joined to them by elementwise operations alone; None
             where there is none, or more than one, or where one of them is called more than once.
+        gated: whether the value comes out of a gated linear unit, which reads one linear's output.
     """
 
     names: tuple[str, ...]
@@ -43,6 +44,7 @@ class Group(NamedTuple):
     norms: tuple[int, ...] = ()
     parts: int = 1
     after: str | None = None
+    gated: bool = False
 
 
 class FFN(NamedTuple):
@@ -239,6 +241,7 @@ def _connected(flows: list[Flow], wanted: set[str]) -> Iterator[tuple[Group, ...
                         enters=group[0].enters or not set(group[0].sources) & part,
                         leaves=leaves,
                         exits=any(flow.exits or flow.name in read_outside for flow in group),
+                        gated=group[0].gated,
                         normed=group[0].normed,
                         norms=tuple(numbers for flow in group for numbers in flow.norms),
                         parts=min(flow.parts for flow in group),
@@ -253,7 +256,8 @@ def _right_before(group: list[Flow], part: set[str], depth: Mapping[str, int], c
     sources = [source for source in group[0].sources if source in part]
     last = [source for source in sources if depth[source] == depth[group[0].name] - 1]
     once = all(called[name] == 1 for name in (*last, *(flow.name for flow in group)))
-    return last[0] if len(last) == 1 and once and not (group[0].normed or group[0].enters) else None
+    changed = group[0].normed or group[0].gated or group[0].enters
+    return last[0] if len(last) == 1 and once and not changed else None
 
 
 # Torch's transformer layers: no trace goes through an encoder's
@@ -278,8 +282,9 @@ def _registered(root: nn.Module, left: Mapping[str, Any]) -> Iterator[FFN]:
         if _match(root, run[:-1], run[-1]):
             yield _pair(tuple(run[:-1]), run[-1], "d -> h and h -> d in one block")
         elif run[0].rpartition(".")[0] not in attentions and len(run) == 2 and _holds_gate_and_up(root, *run):
-            first, second = (Group((name,), depth, True, depth == 1, True) for depth, name in enumerate(run))
-            yield FFN((first._replace(parts=2), second), "d -> 2h and h -> d in one block: gate and up are one linear")
+            both = Group((run[0],), 0, True, False, False, parts=2)
+            back = Group((run[1],), 1, False, True, True, gated=True)
+            yield FFN((both, back), "d -> 2h and h -> d in one block: gate and up are one linear")
 
 
 def _holds_gate_and_up(root: nn.Module, first: str, second: str) -> bool:

@@ -21,7 +21,7 @@ from lightning_phantom.layers.elementwise import ANSWERS, TABLE, is_elementwise_
 _METHODS = frozenset(TABLE.values())
 # They connect linears, too: those of which `across` knows nothing at the price of an exchange.
 _WHOLE = tuple(
-    getattr(nn, name) for name in "LayerNorm RMSNorm GroupNorm BatchNorm1d BatchNorm2d SyncBatchNorm PReLU GLU".split()
+    getattr(nn, name) for name in "LayerNorm RMSNorm GroupNorm BatchNorm1d BatchNorm2d SyncBatchNorm PReLU".split()
 )
 
 
@@ -36,6 +36,7 @@ class Flow(NamedTuple):
         enters: whether what it reads is whole tokens: a norm that needs them has made it.
         exits: whether what it is the last to write into goes back to whole tokens, for such a norm or for something
             else.
+        gated: whether a gated linear unit has made what it reads, of one linear's output.
         normed: whether an operation that knows how features lie, such as a layer norm, has made what it reads.
         norms: the operations of that kind on what it is the last to write into: the numbers a token of each.
         parts: 2 where a gated linear unit reads what it writes.
@@ -47,6 +48,7 @@ class Flow(NamedTuple):
     leaves: bool
     enters: bool
     exits: bool
+    gated: bool
     normed: bool
     norms: tuple[int, ...]
     parts: int
@@ -66,7 +68,8 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
     normed: set[fx.Node] = set()
     exiting: set[str] = set()
     norms: dict[str, tuple[int, ...]] = {}
-    gated: set[str] = set()
+    gated: set[fx.Node] = set()
+    gates: set[str] = set()
     for node in graph.nodes:
         reads = [read for read in node.all_input_nodes if read not in answers]
         if node.all_input_nodes and (not reads or _asks(node)):
@@ -77,14 +80,16 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
             made = [sources.get(read, ()) for read in reads if not _goes_along(read, module)]
             if made and all(made):
                 sources[node] = tuple(dict.fromkeys(name for names in made for name in names))
-                numbers = _numbers(node, module)
-                if _needs_whole(node, module) or whole & set(reads):
+                numbers, cuts, is_gated = _numbers(node, module), _is_gate(node, module), bool(gated & set(reads))
+                if _needs_whole(node, module) or whole & set(reads) or (cuts and (is_gated or len(sources[node]) > 1)):
                     whole.add(node)
-                    gated.update(sources[node] if _is_gate(node, module) and len(sources[node]) == 1 else ())
-                elif numbers or normed & set(reads):
-                    normed.add(node)
-                    last = sources[node][-1]
-                    norms[last] = (*norms.get(last, ()), *numbers)
+                else:
+                    gates.update(sources[node] if cuts else ())
+                    gated.update([node] if cuts or is_gated else ())
+                    if numbers or normed & set(reads):
+                        normed.add(node)
+                        last = sources[node][-1]
+                        norms[last] = (*norms.get(last, ()), *numbers)
         if node not in answers and (node not in sources or node in whole):
             exiting.update(sources[read][-1] for read in reads if read in sources and read not in whole)
     leaving = {
@@ -99,8 +104,8 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
         if node.op == "call_module" and node.target in linears and node.all_input_nodes:
             read = node.all_input_nodes[0]
             name = str(node.target)
-            ways = name in leaving, read in whole, name in exiting, read in normed
-            parts = 2 if name in gated else 1
+            ways = name in leaving, read in whole, name in exiting, read in gated, read in normed
+            parts = 2 if name in gates else 1
             flows.append(Flow(name, sources.get(read, ()), read, *ways, norms.get(name, ()), parts))
     return flows
 
@@ -158,10 +163,9 @@ def _goes_along(node: fx.Node, root: nn.Module) -> bool:
 
 def _needs_whole(node: fx.Node, root: nn.Module) -> bool:
     if node.op != "call_module":
-        return _takes_parts(node)
-    return any(
-        isinstance(m, _WHOLE) and not across.operation_of(m) for m in root.get_submodule(str(node.target)).modules()
-    )
+        return False
+    inner = root.get_submodule(str(node.target)).modules()
+    return any(isinstance(m, _WHOLE) and not across.operation_of(m) for m in inner)
 
 
 def _takes_parts(node: fx.Node) -> bool:
@@ -173,8 +177,9 @@ def _takes_parts(node: fx.Node) -> bool:
 
 
 def _is_gate(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a node cuts a gate off what it gates."""
     if node.op != "call_module":
-        return _takes_parts(node)
+        return node.target is not operator.getitem and _takes_parts(node)
     return any(isinstance(m, nn.GLU) for m in root.get_submodule(str(node.target)).modules())
 
 
@@ -193,8 +198,8 @@ def _is_by_feature(module: nn.Module) -> bool:
     if type(module) is nn.Sequential:
         return all(map(_is_by_feature, module))
     names_itself = type(module).__name__.lower().endswith(("activation", "gelu", "relu", "silu"))
-    is_norm = isinstance(module, _WHOLE) or across.operation_of(module) is not None
-    return is_elementwise_module(module) or is_norm or (names_itself and not _holds_weights(module))
+    is_known = isinstance(module, (*_WHOLE, nn.GLU)) or across.operation_of(module) is not None
+    return is_elementwise_module(module) or is_known or (names_itself and not _holds_weights(module))
 
 
 def _holds_weights(module: nn.Module) -> bool:

@@ -49,6 +49,18 @@ class Gated(nn.Module):
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
+class Fused(nn.Module):
+    """A gate and what it gates in one linear, cut apart by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(32, 24)
+
+    def forward(self, x):
+        gate, up = self.up(x).chunk(2, -1)
+        return self.down(nn.functional.silu(gate) * up)
+
+
 class Heads(nn.Module):
     """Two linears that read one value inside, and of which both leave."""
 
@@ -99,6 +111,8 @@ MODULES = {
     "four": partial(chain, 16, 32, 48, 24, 16),
     "norms": partial(chain, 32, 32, 32, 32, between=partial(nn.LayerNorm, 32)),
     "gated": Gated,
+    "fused": Fused,
+    "GLU": lambda: nn.Sequential(nn.Linear(16, 64), nn.GLU(), nn.Linear(32, 24)),
     "heads": Heads,
     "residual": Residual,
     "alone": partial(chain, 32, 16),

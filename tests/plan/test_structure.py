@@ -99,7 +99,8 @@ def test_linears_of_two_numbered_parts_are_not_one_block():
 def test_a_gate_and_up_in_one_linear_make_a_network_with_the_one_that_reads_their_product():
     module = Untraceable(gate_up=(16, 64), down=(32, 16))
     (ffn,) = plan_of(module).ffns
-    assert [(g.names, g.enters, g.exits) for g in ffn.groups] == [(("gate_up",), True, True), (("down",), True, True)]
+    ways = [(g.names, g.enters, g.gated, g.exits) for g in ffn.groups]
+    assert ways == [(("gate_up",), True, False, False), (("down",), False, True, True)]
     assert [layer.parts for layer in plan_of(module).layers] == [2, 1]
     assert [layer.parts for layer in plan_of(module, 8).layers] == [2, 1]
     narrow = Untraceable(gate_up=(16, 24), down=(12, 16))  # of which 8 blocks would have a part and a half each

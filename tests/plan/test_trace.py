@@ -138,8 +138,34 @@ def test_a_gated_linear_unit_reads_two_parts_of_one_linear(gate):
             super().__init__(between)
             self.fc2 = nn.Linear(16, 24)
 
-    (ffn,) = plan_of(Cut(gate)).ffns
+    plan = plan_of(Cut(gate))
+    (ffn,) = plan.ffns
     assert ffn.known_by == "a trace connects its linears" and [group.parts for group in ffn.groups] == [2, 1]
+    ways = [(g.enters, g.exits, g.gated) for g in ffn.groups]
+    assert ways == [(True, False, False), (False, True, True)]  # their product stays inside
+    ways = [(layer.enters, layer.leaves, layer.gates, layer.gated) for layer in plan.cost_layers()]
+    assert ways == [(True, False, True, False), (False, True, False, True)]
+
+
+@pytest.mark.parametrize(
+    ("between", "sizes", "exits", "gated", "norms"),
+    [
+        (nn.Sequential(nn.GLU(), nn.LayerNorm(16)), (24, 32, 16), False, True, (2,)),
+        (nn.Sequential(nn.GLU(), nn.GroupNorm(2, 16)), (24, 32, 16), True, False, ()),
+        (nn.Sequential(nn.GroupNorm(2, 32), nn.GLU()), (24, 32, 16), True, False, ()),
+        (lambda h: F.glu(F.glu(h)), (24, 64, 16), True, False, ()),  # whose halves lie elsewhere
+    ],
+)
+def test_what_stands_beside_a_gated_linear_unit(between, sizes, exits, gated, norms):
+    first, second, third = sizes
+
+    class Beside(Block):
+        def __init__(self):
+            super().__init__(between)
+            self.fc1, self.fc2 = nn.Linear(first, second), nn.Linear(third, first)
+
+    before, after = next(iter(plan_of(Beside()).ffns)).groups
+    assert (before.exits, after.enters, after.gated, before.norms) == (exits, exits, gated, norms)
 
 
 def test_parameters_with_a_number_a_feature_connect_but_what_is_made_of_them_does_not():

@@ -100,15 +100,17 @@ def torch_plan(module: nn.Module, num_ranks: int) -> tuple[Plan, dict[str, Any]]
         exits: set[bool] = set()  # of the column-parallel layers so far
         for group in sorted(ffn.groups, key=lambda group: group.depth):
             if group.depth % 2 == 0:
-                whole = group.exits or bool(group.norms)  # to torch a norm's weight is for all features
+                whole = (
+                    group.exits or group.parts == 2 or bool(group.norms)
+                )  # to torch a norm's weight is for all features
                 exits.add(whole)
                 style: Any = ColwiseParallel(output_layouts=Replicate() if whole else Shard(-1))
-            elif len(exits) > 1 and not (group.enters or group.normed):
+            elif len(exits) > 1 and not (group.enters or group.gated or group.normed):
                 raise PhantomError(
                     f"{group.names[0]!r} may read what lies in two ways at once, for which torch has no style."
                 )
             else:
-                given = group.enters or group.normed or True in exits
+                given = group.enters or group.gated or group.normed or True in exits
                 style = RowwiseParallel(input_layouts=Replicate() if given else Shard(-1))
             styles.update(dict.fromkeys(group.names, style))
     if not styles:
