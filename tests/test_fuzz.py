@@ -13,7 +13,7 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
-from reference import dense_weight
+from reference import by_part, dense_weight
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -494,7 +494,10 @@ def compare_with_dense(module, args, p, step):
     for name, layer in module.named_modules():
         if isinstance(layer, PhantomLinear):
             prefix = f"{name}."
-            weights[f"{prefix}weight"] = dense_weight(*(weights.pop(f"{prefix}{f}") for f in FACTORS), p)
+            weight = dense_weight(*(weights.pop(f"{prefix}{f}") for f in FACTORS), p)
+            weights[f"{prefix}weight"] = by_part(weight, p, layer.parts)
+            if layer.bias is not None:
+                weights[f"{prefix}bias"] = by_part(weights[f"{prefix}bias"], p, layer.parts)
             assert_same(dense.get_submodule(name).weight.detach(), weights[f"{prefix}weight"].detach(), "dense weight")
 
     inputs, module_inputs = ([a.clone().requires_grad_() for a in args] for _ in range(2))

@@ -20,6 +20,11 @@ def dense_weight(local, compressor, decompressor, p):
     return torch.cat(rows, dim=0)
 
 
+def by_part(rows, p, parts):
+    """Rows [out, *], block by block with a block's share of every part, in the order of the parts."""
+    return torch.cat([block.chunk(parts)[part] for part in range(parts) for block in rows.chunk(p)])
+
+
 def oracle(factors, x, grad, p):
     """Output and every gradient of z = x W^T + b for W made of `factors` = (L, C, D, b or None), in their dtype."""
     leaves = [None if f is None else f.detach().clone().requires_grad_() for f in (*factors, x)]
