@@ -40,7 +40,7 @@ class PhantomConfig:
     Raises:
         PhantomError: an argument has the wrong type or an impossible value.
 
-    Example:
+    Examples:
         >>> PhantomConfig(num_blocks=8, phantom_width=0.5, plan={"*.mlp.*": "phantom"})  # doctest: +SKIP
     """
 

@@ -43,7 +43,7 @@ def phantomize_(module: nn.Module, config: PhantomConfig, process_group: dist.Pr
     Raises:
         PlanError: nothing qualifies, or the plan cannot be carried out. Nothing has been changed.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
         >>> model = phantomize_(model, PhantomConfig(num_blocks=4))
     """
@@ -227,7 +227,7 @@ def densify(module: nn.Module) -> nn.Module:
         PhantomError: a layer has no dense weight.
         RuntimeError: a tensor that cannot be copied, as `copy.deepcopy` has it (one with a gradient history).
 
-    Example:
+    Examples:
         >>> model = phantomize_(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), PhantomConfig(num_blocks=2))
         >>> type(densify(model)[0])
         <class 'torch.nn.modules.linear.Linear'>

@@ -153,7 +153,7 @@ def estimate_cost(
     Raises:
         PhantomError: sizes that do not divide, an empty list, an unknown dtype.
 
-    Example:
+    Examples:
         >>> cost = estimate_cost([(4096, 4096)] * 4, num_blocks=4, phantom_width=64, num_ranks=4, tokens=512)
         >>> cost.phantom.flops / cost.tensor_parallel.flops
         0.3125

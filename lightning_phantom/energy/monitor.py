@@ -47,7 +47,7 @@ class EnergyMonitor(pl.Callback):
         measure_power_secs: Seconds between the meter's background readings.
         warmup_steps: Optimizer steps of this fit before the steady window; 0 opens it at once.
         tokens_per_sample: Tokens in a sample, for J per token.
-        output_dir: Where `report.json` and `energy_epochs.csv` go; None: the trainer's log directory, else its
+        output_dir: Where `energy_report.json` and `energy_epochs.csv` go; None: the trainer's log directory, else its
             default root directory. Existing files are replaced.
         strict: Raise `PhantomError`, on every rank, where all ranks next meet after something failed.
         cpu_power_w: Power of all CPUs of a host at full load, in watts, where there is no counter. codecarbon scales
@@ -61,9 +61,9 @@ class EnergyMonitor(pl.Callback):
         PhantomError: An argument has the wrong type or an impossible value; with `strict`, a meter that failed.
 
     Attributes:
-        report: What `report.json` holds, on every rank, once a fit has ended.
+        report: What `energy_report.json` holds, on every rank, once a fit has ended.
 
-    Example:
+    Examples:
         >>> monitor = EnergyMonitor(country_iso_code="FRA", warmup_steps=20)
         >>> trainer = L.Trainer(callbacks=[monitor])  # doctest: +SKIP
     """

@@ -95,7 +95,7 @@ class PhantomLinear(SplitLinear):
     Raises:
         PhantomError: sizes that do not divide, or a predecessor that is missing or of no use.
 
-    Example:
+    Examples:
         >>> layer = PhantomLinear(64, 32, num_blocks=4, phantom_width=2)
         >>> layer(torch.randn(5, 64)).shape
         torch.Size([5, 32])

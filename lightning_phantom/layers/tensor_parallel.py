@@ -54,7 +54,7 @@ class ParallelLinear(SplitLinear):
     Raises:
         PhantomError: sizes that R does not divide, or an unknown cut.
 
-    Example:
+    Examples:
         >>> layer = ParallelLinear(64, 32)
         >>> layer(torch.randn(5, 64)).shape
         torch.Size([5, 32])

@@ -35,7 +35,7 @@ def plan_phantom(module: nn.Module, config: PhantomConfig) -> Plan:
     Raises:
         PlanError: the user's plan names what is not there or cannot be swapped.
 
-    Example:
+    Examples:
         >>> print(plan_phantom(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), PhantomConfig(num_blocks=2)))
         Phantom plan: ...
     """

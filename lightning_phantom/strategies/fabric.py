@@ -53,7 +53,7 @@ class PhantomFabricStrategy(fabric.strategies.ddp.DDPStrategy):
     Raises:
         PhantomError: an argument is impossible, here or, where it needs the number of ranks, at the launch.
 
-    Example:
+    Examples:
         >>> fabric = Fabric(accelerator="cpu", devices=1, strategy=PhantomFabricStrategy(num_blocks=4))
     """
 

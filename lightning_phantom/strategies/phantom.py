@@ -52,7 +52,7 @@ class PhantomStrategy(SplitStrategy):
     Raises:
         PhantomError: an argument is impossible, here or, where it needs the number of ranks, at the start of a run.
 
-    Example:
+    Examples:
         >>> trainer = L.Trainer(strategy=PhantomStrategy(num_blocks=4), accelerator="cpu", devices=1)
     """
 

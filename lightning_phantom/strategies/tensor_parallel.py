@@ -50,7 +50,7 @@ class TensorParallelStrategy(SplitStrategy):
     Raises:
         PhantomError: an argument is impossible, here or, where it needs the number of ranks, at the start of a run.
 
-    Example:
+    Examples:
         >>> trainer = L.Trainer(strategy=TensorParallelStrategy(style="layerwise"), accelerator="cpu", devices=1)
     """
 
