@@ -22,6 +22,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 import random
 import resource
 import signal
@@ -345,14 +346,9 @@ def table(results: list[dict[str, Any]]) -> str:
     ]
     for found in results:
         count = f"{found['found']} of {found['wanted']}" if "found" in found else "-"
-        said = (
-            verdict(found)
-            .replace("|", "\\|")
-            .replace("<", "&lt;")
-            .replace("_", "\\_")
-            .replace("*", "\\*")
-            .replace("[", "\\[")
-        )
+        words = verdict(found).replace("|", "\\|").split("`")  # every second is code, where nothing else is markup
+        words[::2] = [re.sub(r"[_*\[]", r"\\\g<0>", word).replace("<", "&lt;") for word in words[::2]]
+        said = "`".join(words)
         lines.append(f"| `{found['name']}` | `{found['class']}` | {count} | {said} |")
     return "\n".join(lines) + "\n"
 
