@@ -22,8 +22,8 @@ import contextlib
 import copy
 import json
 import os
-import re
 import random
+import re
 import resource
 import signal
 import sys
