@@ -236,6 +236,19 @@ def test_a_method_that_fails_is_left_out_with_its_reason(tmp_path, monkeypatch, 
     assert "Left out: smaller: it failed: RuntimeError('mat1 and mat2" in out and "its row is missing here" in out
 
 
+def test_tensor_parallelism_is_left_out_where_it_divides_nothing(tmp_path, monkeypatch, capsys):
+    alone(monkeypatch)
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "run.yaml").write_text(CONFIG.replace("depth: 4", "depth: 1"))  # a linear alone
+    files = ["--config", str(tmp_path / "run.yaml"), "--json", str(tmp_path / "c.json")]
+    methods = "ddp,tensor_parallel,tensor_parallel_layerwise,tensor_parallel_torch"
+    main(["compare", *files, "--methods", methods, "--rounds", "1", "--steps", "1", "--warmup", "2"])
+    assert list(json.loads((tmp_path / "c.json").read_text())["methods"]) == ["ddp"]
+    out = capsys.readouterr().out
+    for method in methods.split(",")[1:]:
+        assert f"Left out: {method}: nothing in FeedForward qualifies for tensor parallelism." in out
+
+
 class Wide(FeedForward):
     """Its input is as wide as its layers, and the data are not."""
 

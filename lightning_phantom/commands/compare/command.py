@@ -38,9 +38,11 @@ from lightning_phantom.commands.compare.smaller import smaller_argument
 from lightning_phantom.commands.compare.trial import Length, run_trial
 from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.commands.terminal import progress
-from lightning_phantom.config import PhantomConfig
+from lightning_phantom.config import PhantomConfig, TensorParallelConfig
+from lightning_phantom.cost.count import TENSOR_PARALLEL
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.framework import pl
+from lightning_phantom.plan.finder import plan_tensor_parallel
 from lightning_phantom.strategies.phantom import PhantomStrategy
 from lightning_phantom.strategies.tensor_parallel import TensorParallelStrategy
 
@@ -145,26 +147,31 @@ class Comparison:
     def _able(self, recipes: dict[str, Recipe]) -> list[str]:
         """The methods that this model can be trained by; why not by the others is noted."""
         methods = list(self.request.methods)
-        for method, prepare in (("tensor_parallel_torch", self._try_torch), ("smaller", self._make_smaller)):
+        tries = {**dict.fromkeys(TENSOR_PARALLEL, self._divide), "smaller": self._make_smaller}
+        for method, prepare in tries.items():
             if method in methods:
                 try:
-                    prepare(recipes)
+                    prepare(recipes, method)
                 except PhantomError as error:
                     methods.remove(method)
                     self.left_out[method] = str(error)
         return methods
 
-    def _try_torch(self, recipes: dict[str, Recipe]) -> None:
-        torch_plan(recipes["tensor_parallel_torch"].make_module(), self.job.size)
+    def _divide(self, recipes: dict[str, Recipe], method: str) -> None:
+        module = recipes[method].make_module()
+        if method not in STYLES:
+            torch_plan(module, self.job.size)
+        elif not plan_tensor_parallel(module, TensorParallelConfig(self.job.size)).swapped:
+            raise PhantomError(f"nothing in {type(module).__name__} qualifies for tensor parallelism.")
 
-    def _make_smaller(self, recipes: dict[str, Recipe]) -> None:
+    def _make_smaller(self, recipes: dict[str, Recipe], method: str) -> None:
         if self.request.smaller is None:
             recipe = self.request.recipe("phantom")
             given = self._phantom_arguments(recipe)
             names = ("num_blocks", "phantom_width", "plan", "mixing", "latents")
             config = PhantomConfig(**{"num_blocks": self.job.size} | {n: given[n] for n in names if n in given})
             name, width = smaller_argument(self.request.recipe("smaller"), config)
-            recipes["smaller"] = self.request.recipe("smaller", f"model.{name}={width}")
+            recipes[method] = self.request.recipe(method, f"model.{name}={width}")
 
     def _phantom_arguments(self, recipe: Recipe) -> dict[str, Any]:
         request = self.request
