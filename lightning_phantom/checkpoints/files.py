@@ -49,11 +49,16 @@ class AtomicCheckpointIO(pl.plugins.TorchCheckpointIO):
             delete(written)
         sync(path.parent)
 
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """Read a checkpoint whose checksums are right: `torch.load` does not look at those that `torch.save` wrote."""
         if is_local(path):
             check_records(path)
-        return super().load_checkpoint(path, *args, **kwargs)
+            if weights_only is not None:  # for which Lightning 2.5 has no argument
+                return torch.load(path, map_location, weights_only=weights_only)
+        how = {} if weights_only is None else {"weights_only": weights_only}
+        return super().load_checkpoint(path, map_location, **how)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint, which is never seen in part."""
