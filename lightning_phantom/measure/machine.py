@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy as copy_of
 from datetime import timedelta
 from typing import Any
 
@@ -37,6 +38,7 @@ CALIBRATION = (
     *((512, 4, 8, 64), (1024, 2, 64, 256), (1024, 8, 16, 512), (2048, 4, 32, 128), (2048, 2, 32, 256)),
 )
 COPIES = (2**20, 2**22)  # elements: without them small layers leave it open what is arithmetic and what is memory
+OUT_OF_CACHE = 2**23  # elements of the weights and values of a chain of layers
 MESSAGES = (1, 2**12, 2**15, 2**18, 2**20)  # elements that each rank gives to an all-gather
 SUMMED = 2**20  # elements of each rank, where torch sums
 REPEATS = 7
@@ -112,21 +114,25 @@ def _rate(seconds: float) -> float:
 
 
 def _timed_layer(features: int, p: int, k: int, tokens: int, kind: Any, group: dist.ProcessGroup) -> tuple[Work, float]:
+    """A layer's work and seconds, forward and backward: its share of a chain that fits into no cache."""
     n, alone = features, Group(1, tokens, 0)
     if p == 1:
-        layer: nn.Module = nn.Linear(n, n, **kind)
+        one: nn.Module = nn.Linear(n, n, **kind)
         stages = exact_stages(Layer(n, n), Cut(), alone)
     else:
-        layer = PhantomLinear(n, n, p, k, **kind)
+        one = PhantomLinear(n, n, p, k, **kind)
         stages = phantom_stages(Layer(n, n, phantom_width=k), p, alone)
+    held = sum(parameter.numel() for parameter in one.parameters()) + tokens * n
+    depth = max(2, min(16, -(-OUT_OF_CACHE // held)))
+    chain = nn.Sequential(one, *(copy_of(one) for _ in range(depth - 1)))
     x, grad = torch.randn(tokens, n, **kind).requires_grad_(), torch.randn(tokens, n, **kind)
 
     def step() -> None:
-        layer.zero_grad(set_to_none=True)
+        chain.zero_grad(set_to_none=True)
         x.grad = None
-        layer(x).backward(grad)
+        chain(x).backward(grad)
 
-    return sum((stage.work for stage in stages), Work()), median_seconds(step, x, group)
+    return sum((stage.work for stage in stages), Work()), median_seconds(step, x, group) / depth
 
 
 def _timed_copy(elements: int, kind: Any, group: dist.ProcessGroup) -> tuple[Work, float]:
