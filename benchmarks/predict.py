@@ -1,6 +1,6 @@
 """How well `lightning-phantom plan` predicts the step that `lightning-phantom compare` measures, method by method.
 
-    python -m benchmarks.predict                      # at most 12 minutes on two cores
+    python -m benchmarks.predict                      # three minutes or more on two cores
     python -m benchmarks.predict --out predict.json
 
 Eight configurations, feed-forward networks (benchmarks/ffn.py) and transformers (examples/lm.py), on 2 and on 4 ranks.
