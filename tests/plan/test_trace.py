@@ -105,6 +105,7 @@ def test_a_question_about_a_value_is_no_reader_of_it():
         (nn.Sequential(nn.RMSNorm(24), nn.PReLU(24)), False, (1, 0)),
         (nn.BatchNorm1d(24), False, (0,)),
         (lambda h: F.rms_norm(F.layer_norm(h, (24,)), h.shape[-1:]), False, (2, 1)),
+        (lambda h: F.layer_norm(h, (24,)).relu(), False, (2,)),
         (nn.GroupNorm(2, 24), True, ()),
         (nn.Sequential(nn.GroupNorm(2, 24), nn.LayerNorm(24)), True, ()),
         (nn.LayerNorm((5, 24)), True, ()),

@@ -100,9 +100,8 @@ def torch_plan(module: nn.Module, num_ranks: int) -> tuple[Plan, dict[str, Any]]
         exits: set[bool] = set()  # of the column-parallel layers so far
         for group in sorted(ffn.groups, key=lambda group: group.depth):
             if group.depth % 2 == 0:
-                whole = (
-                    group.exits or group.parts == 2 or bool(group.norms)
-                )  # to torch a norm's weight is for all features
+                # To torch a norm's weight is for all features, and a gate's are not beside those of what it gates.
+                whole = group.exits or group.parts == 2 or bool(group.norms)
                 exits.add(whole)
                 style: Any = ColwiseParallel(output_layouts=Replicate() if whole else Shard(-1))
             elif len(exits) > 1 and not (group.enters or group.gated or group.normed):
