@@ -144,6 +144,7 @@ def test_a_gated_linear_unit_reads_two_parts_of_one_linear(gate):
     assert ffn.known_by == "a trace connects its linears" and [group.parts for group in ffn.groups] == [2, 1]
     ways = [(g.enters, g.exits, g.gated) for g in ffn.groups]
     assert ways == [(True, False, False), (False, True, True)]  # their product stays inside
+    assert [g.after for g in ffn.groups] == [None, None]  # and is of another width than what the first has written
     ways = [(layer.enters, layer.leaves, layer.gates, layer.gated) for layer in plan.cost_layers()]
     assert ways == [(True, False, True, False), (False, True, False, True)]
 
