@@ -11,13 +11,13 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_phantom.commands.compare.methods import torch_plan
+from lightning_phantom.commands.compare.methods import cannot_divide
 from lightning_phantom.commands.compare.smaller import smaller_argument
 from lightning_phantom.commands.plan_tables import cost_table, simulation_table, sweep_table, verdict
 from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.commands.terminal import command_parser, output_file, phantom_width, show
 from lightning_phantom.config import PhantomConfig, TensorParallelConfig
-from lightning_phantom.cost.count import ELEMENT_BYTES, TENSOR_PARALLEL
+from lightning_phantom.cost.count import ELEMENT_BYTES
 from lightning_phantom.cost.data_parallel import NOTHING, Dense, Divided
 from lightning_phantom.cost.layer import Layer
 from lightning_phantom.cost.machine import Machine
@@ -186,12 +186,8 @@ def by_other_methods(
         num_ranks: R.
         smaller: the smaller dense model's config; None: the same, narrower.
     """
-    small, left_out = None, {}
+    small, left_out = None, cannot_divide(module, num_ranks)
     exact = plan_tensor_parallel(module, TensorParallelConfig(num_ranks))
-    try:
-        torch_plan(module, num_ranks)
-    except PhantomError as error:
-        left_out = dict.fromkeys(("tensor_parallel_torch",) if exact.swapped else TENSOR_PARALLEL, str(error))
     try:
         narrower = {} if smaller else dict([smaller_argument(recipe, config)])
         small = (smaller or recipe).make_module(**narrower)

@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from copy import deepcopy as copy_of
+from copy import deepcopy
 from datetime import timedelta
 from typing import Any
 
@@ -124,7 +124,7 @@ def _timed_layer(features: int, p: int, k: int, tokens: int, kind: Any, group: d
         stages = phantom_stages(Layer(n, n, phantom_width=k), p, alone)
     held = sum(parameter.numel() for parameter in one.parameters()) + tokens * n
     depth = max(2, min(16, -(-OUT_OF_CACHE // held)))
-    chain = nn.Sequential(one, *(copy_of(one) for _ in range(depth - 1)))
+    chain = nn.Sequential(one, *(deepcopy(one) for _ in range(depth - 1)))
     x, grad = torch.randn(tokens, n, **kind).requires_grad_(), torch.randn(tokens, n, **kind)
 
     def step() -> None:

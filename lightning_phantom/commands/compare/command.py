@@ -28,9 +28,9 @@ from lightning_phantom.commands.compare.methods import (
     STYLES,
     FullySharded,
     SharedBatches,
+    cannot_divide,
     parallelise_with_torch,
     shard_fully,
-    torch_plan,
 )
 from lightning_phantom.commands.compare.report import summarise
 from lightning_phantom.commands.compare.show import show_result, write_json, write_plot
@@ -38,11 +38,10 @@ from lightning_phantom.commands.compare.smaller import smaller_argument
 from lightning_phantom.commands.compare.trial import Length, run_trial
 from lightning_phantom.commands.recipe import Recipe
 from lightning_phantom.commands.terminal import progress
-from lightning_phantom.config import PhantomConfig, TensorParallelConfig
+from lightning_phantom.config import PhantomConfig
 from lightning_phantom.cost.count import TENSOR_PARALLEL
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.framework import pl
-from lightning_phantom.plan.finder import plan_tensor_parallel
 from lightning_phantom.strategies.phantom import PhantomStrategy
 from lightning_phantom.strategies.tensor_parallel import TensorParallelStrategy
 
@@ -158,11 +157,9 @@ class Comparison:
         return methods
 
     def _divide(self, recipes: dict[str, Recipe], method: str) -> None:
-        module = recipes[method].make_module()
-        if method not in STYLES:
-            torch_plan(module, self.job.size)
-        elif not plan_tensor_parallel(module, TensorParallelConfig(self.job.size)).swapped:
-            raise PhantomError(f"nothing in {type(module).__name__} qualifies for tensor parallelism.")
+        why = cannot_divide(recipes[method].make_module(), self.job.size).get(method)
+        if why:
+            raise PhantomError(why)
 
     def _make_smaller(self, recipes: dict[str, Recipe], method: str) -> None:
         if self.request.smaller is None:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from lightning_phantom.config import TensorParallelConfig
+from lightning_phantom.cost.count import TENSOR_PARALLEL
 from lightning_phantom.errors import PhantomError
 from lightning_phantom.framework import pl
 from lightning_phantom.plan.finder import plan_tensor_parallel
@@ -115,6 +116,16 @@ def torch_plan(module: nn.Module, num_ranks: int) -> tuple[Plan, dict[str, Any]]
     if not styles:
         raise PhantomError(f"nothing in {type(module).__name__} qualifies for tensor parallelism.")
     return plan, styles
+
+
+def cannot_divide(module: nn.Module, num_ranks: int) -> dict[str, str]:
+    """The methods of tensor parallelism that cannot train a module, and why."""
+    try:
+        torch_plan(module, num_ranks)
+    except PhantomError as error:
+        by_ours = plan_tensor_parallel(module, TensorParallelConfig(num_ranks)).swapped
+        return dict.fromkeys(("tensor_parallel_torch",) if by_ours else TENSOR_PARALLEL, str(error))
+    return {}
 
 
 def parallelise_with_torch(module: Any) -> None:
