@@ -6,6 +6,7 @@ import gc
 import inspect
 import operator
 import random
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -60,54 +61,87 @@ def flows_of(module: nn.Module, linears: Collection[str]) -> list[Flow] | None:
     The forward runs once, on stand-ins for tensors; what it changes is put back.
     """
     graph = _graph_of(module, linears)
-    if graph is None:
-        return None
-    sources: dict[fx.Node, tuple[str, ...]] = {}
-    answers: set[fx.Node] = set()  # shapes, types and numbers that come of them
-    whole: set[fx.Node] = set()
-    normed: set[fx.Node] = set()
-    exiting: set[str] = set()
-    norms: dict[str, tuple[int, ...]] = {}
-    gated: set[fx.Node] = set()
-    gates: set[str] = set()
-    for node in graph.nodes:
-        reads = [read for read in node.all_input_nodes if read not in answers]
+    return None if graph is None else _Walk(module, linears, graph).flows()
+
+
+class _Value(NamedTuple):
+    """What elementwise operations and norms have made of the outputs of `sources`; see `Flow`."""
+
+    sources: tuple[str, ...] = ()
+    whole: bool = False
+    gated: bool = False
+    normed: bool = False
+
+
+class _Walk:
+    """A walk along a graph, from what is read to what is made of it."""
+
+    def __init__(self, module: nn.Module, linears: Collection[str], graph: fx.Graph) -> None:
+        self._module, self._linears, self._graph = module, linears, graph
+        self._answers: set[fx.Node] = set()  # shapes, types and numbers that come of them
+        self._values: dict[fx.Node, _Value] = {}
+        self._leaving: set[str] = set()
+        self._exiting: set[str] = set()
+        self._gates: set[str] = set()
+        self._norms: dict[str, tuple[int, ...]] = defaultdict(tuple)
+        for node in graph.nodes:
+            self._pass(node)
+
+    def flows(self) -> list[Flow]:
+        """The calls of linears, in order."""
+        return [self._flow(node) for node in self._graph.nodes if self._is_call(node) and node.all_input_nodes]
+
+    def _flow(self, node: fx.Node) -> Flow:
+        name, read = str(node.target), node.all_input_nodes[0]
+        value = self._values.get(read, _Value())
+        return Flow(
+            name,
+            value.sources,
+            read,
+            leaves=name in self._leaving,
+            enters=value.whole,
+            exits=name in self._exiting,
+            gated=value.gated,
+            normed=value.normed,
+            norms=self._norms[name],
+            parts=2 if name in self._gates else 1,
+        )
+
+    def _is_call(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and node.target in self._linears
+
+    def _pass(self, node: fx.Node) -> None:
+        reads = [read for read in node.all_input_nodes if read not in self._answers]
         if node.all_input_nodes and (not reads or _asks(node)):
-            answers.add(node)
-        elif node.op == "call_module" and node.target in linears:
-            sources[node] = (node.target,)
-        elif _by_feature(node, module):
-            made = [sources.get(read, ()) for read in reads if not _goes_along(read, module)]
-            if made and all(made):
-                sources[node] = tuple(dict.fromkeys(name for names in made for name in names))
-                numbers, cuts, is_gated = _numbers(node, module), _is_gate(node, module), bool(gated & set(reads))
-                if _needs_whole(node, module) or whole & set(reads) or (cuts and (is_gated or len(sources[node]) > 1)):
-                    whole.add(node)
-                else:
-                    gates.update(sources[node] if cuts else ())
-                    gated.update([node] if cuts or is_gated else ())
-                    if numbers or normed & set(reads):
-                        normed.add(node)
-                        last = sources[node][-1]
-                        norms[last] = (*norms.get(last, ()), *numbers)
-        if node not in answers and (node not in sources or node in whole):
-            exiting.update(sources[read][-1] for read in reads if read in sources and read not in whole)
-    leaving = {
-        name
-        for node in graph.nodes
-        for read in node.all_input_nodes
-        if node not in sources and node not in answers
-        for name in sources.get(read, ())
-    }
-    flows = []
-    for node in graph.nodes:
-        if node.op == "call_module" and node.target in linears and node.all_input_nodes:
-            read = node.all_input_nodes[0]
-            name = str(node.target)
-            ways = name in leaving, read in whole, name in exiting, read in gated, read in normed
-            parts = 2 if name in gates else 1
-            flows.append(Flow(name, sources.get(read, ()), read, *ways, norms.get(name, ()), parts))
-    return flows
+            self._answers.add(node)
+            return
+        read = [self._values[each] for each in reads if each in self._values]
+        made = self._made_by(node, reads)
+        if made is None:
+            self._leaving.update(name for value in read for name in value.sources)
+        else:
+            self._values[node] = made
+        if made is None or made.whole:
+            self._exiting.update(value.sources[-1] for value in read if not value.whole)
+
+    def _made_by(self, node: fx.Node, reads: list[fx.Node]) -> _Value | None:
+        """What a node makes of linears' outputs; None where it makes something else."""
+        if self._is_call(node):
+            return _Value((str(node.target),))
+        if not _by_feature(node, self._module):
+            return None
+        read = [self._values.get(each, _Value()) for each in reads if not _goes_along(each, self._module)]
+        if not read or not all(value.sources for value in read):
+            return None
+        sources = tuple(dict.fromkeys(name for value in read for name in value.sources))
+        cuts, was_gated = _is_gate(node, self._module), any(value.gated for value in read)
+        cannot_cut = cuts and (was_gated or len(sources) > 1)
+        if cannot_cut or _needs_whole(node, self._module) or any(value.whole for value in read):
+            return _Value(sources, whole=True)
+        numbers = _numbers(node, self._module)
+        self._norms[sources[-1]] += tuple(numbers)
+        self._gates.update(sources if cuts else ())
+        return _Value(sources, gated=cuts or was_gated, normed=bool(numbers) or any(value.normed for value in read))
 
 
 def _graph_of(module: nn.Module, linears: Collection[str]) -> fx.Graph | None:
