@@ -142,17 +142,22 @@ class OfTheUsers(nn.TransformerEncoderLayer):
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", nn.SiLU()])
 @pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, OfTheUsers])
-def test_torchs_fused_path_is_switched_off_and_on_again(activation, kind):
+@pytest.mark.parametrize("swapped", ["linear?", "linear1", "linear2"])
+def test_torchs_fused_path_is_switched_off_and_on_again(activation, kind, swapped):
     layer = kind(16, 2, 32, dropout=0.0, batch_first=True, activation=activation)
     module, x = nn.TransformerEncoder(layer, 2), torch.randn(3, 5, 16)
     mask = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 0, 1]], dtype=torch.bool)
     expected = module(x, src_key_padding_mask=mask).detach()
     before = module.use_nested_tensor, module.layers[0].activation_relu_or_gelu
-    phantomize_(module, PhantomConfig(4, 10**6, plan={"layers.*.linear?": "phantom"})).eval()
+    phantomize_(module, PhantomConfig(4, 10**6, plan={f"layers.*.{swapped}": "phantom"})).eval()
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with mode():  # without gradients torch would take the fused path, which reads linear1.weight
             out = module(x, src_key_padding_mask=mask)
             assert torch.allclose(out[~mask], expected[~mask], atol=1e-5), mode
+    alike = nn.ModuleList([copy.deepcopy(densify(module)) for _ in range(2)])
+    phantomize_(alike, PhantomConfig(4, plan={f"0.layers.*.{swapped}": "phantom"}))
+    now = [(encoder.use_nested_tensor, encoder.layers[0].activation_relu_or_gelu) for encoder in alike]
+    assert now == [(False, 0), before]  # nothing is switched off where nothing was swapped
     dense = densify(module)
     assert (dense.use_nested_tensor, dense.layers[0].activation_relu_or_gelu) == before
     with torch.no_grad():

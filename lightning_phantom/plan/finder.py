@@ -75,7 +75,7 @@ def _make_plan(module: nn.Module, config: Config) -> Plan:
         found = {name for ffn in ffns for name in ffn.names}
         ffns += [alone(name) for name in available if name not in found]
     places = {name: (ffn, group) for ffn in ffns for group in ffn.groups for name in group.names}
-    unpaired_for = unpaired(module, [name for name in available if name not in places])
+    unpaired_for = unpaired(module, available)
 
     layers = []
     for name, linear in linears.items():
@@ -85,7 +85,7 @@ def _make_plan(module: nn.Module, config: Config) -> Plan:
             ffn, group = places[name]
             reason = f"FFN: {ffn.known_by}" if config.plan is None else "named in the plan"
             decision = config.decision(group.depth)
-            before = _predecessor(ffn, group, config)
+            before = _predecessor(ffn, group)
             planned = _describe(
                 name, linear, config, decision, reason, _no_gain(linear, config) or "", before, linears.get(before)
             )
@@ -118,13 +118,13 @@ def _resolve_words(
     return words
 
 
-def _predecessor(ffn: FFN, group: Group, config: Config) -> str:
-    """The layer whose latents a group reads, if it is to read another's.
+def _predecessor(ffn: FFN, group: Group) -> str:
+    """The layer whose latents a group reads where it is to read another's; empty if there is none.
 
     A pair of linears, as in a transformer, reads its own: there it was no gain.
     """
     is_pair = max(each.depth for each in ffn.groups) < 2
-    return "" if config.latents == "own" or is_pair else group.after or ""
+    return "" if is_pair else group.after or ""
 
 
 def _describe(

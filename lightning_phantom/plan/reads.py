@@ -114,7 +114,7 @@ def _decided(test: ast.expr, owner: nn.Module) -> bool | None:
     """What a condition on plain values of a module comes to; None if it asks for more than those, or for the mode."""
     values = {k: v for k, v in vars(owner).items() if type(v) in (bool, int, float, str) and k != "training"}
     for node in ast.walk(test):
-        mine = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.attr in values
+        mine = isinstance(node, ast.Attribute) and node.attr in values
         if not (mine or isinstance(node, _LOGIC) or (isinstance(node, ast.Name) and node.id == "self")):
             return None
     return bool(eval(compile(ast.Expression(test), "<condition>", "eval"), {}, {"self": SimpleNamespace(**values)}))

@@ -80,9 +80,7 @@ class Plan:
 
     def siblings(self) -> list[tuple[str, ...]]:
         """The groups of swapped layers that read the same value, and are cut alike."""
-        decisions = {layer.name: layer.decision for layer in self.swapped}
-        groups = [group.names for ffn in self.ffns for group in ffn.groups]
-        return [names for names in groups if len(names) > 1 and len({decisions[name] for name in names}) == 1]
+        return [group.names for ffn in self.ffns for group in ffn.groups if len(group.names) > 1]
 
     def cost_layers(self) -> list[Layer]:
         """The swapped layers as `estimate_cost` takes them: FFN by FFN, in the order of the forward."""

@@ -152,7 +152,7 @@ def _declared(root: nn.Module, left: Mapping[str, Any]) -> Iterable[FFN]:
     for names in blocks.values():
         columns = tuple(name for name in names if words[name] == "colwise")
         rows = [name for name in names if words[name] == "rowwise"]
-        if len(rows) == 1 and columns and _match(root, columns, rows[0]):
+        if len(rows) == 1 and _match(root, columns, rows[0]):
             yield _pair(columns, rows[0], "the model's own TP plan names it")
 
 
@@ -277,7 +277,7 @@ def _registered(root: nn.Module, left: Mapping[str, Any]) -> Iterator[FFN]:
     """D -> h and h -> d (gated: d -> h twice, or d -> 2h), registered one after the other, nothing linear between."""
     attentions = _attentions(root)
     for run in _runs(root):
-        if len(run) > 3 or not all(name in left for name in run):
+        if len(run) > 3:
             continue
         if _match(root, run[:-1], run[-1]):
             yield _pair(tuple(run[:-1]), run[-1], "d -> h and h -> d in one block")

@@ -20,6 +20,9 @@ from lightning_phantom.layers.dense import is_linear
 from lightning_phantom.layers.elementwise import ANSWERS, TABLE, is_elementwise_module
 
 _METHODS = frozenset(TABLE.values())
+_OPERATORS = frozenset(
+    getattr(operator, name) for name in _METHODS if name.startswith("__") and hasattr(operator, name)
+)
 # They connect linears, too: those of which `across` knows nothing at the price of an exchange.
 _WHOLE = tuple(
     getattr(nn, name) for name in "LayerNorm RMSNorm GroupNorm BatchNorm1d BatchNorm2d SyncBatchNorm PReLU".split()
@@ -122,7 +125,7 @@ class _Walk:
         else:
             self._values[node] = made
         if made is None or made.whole:
-            self._exiting.update(value.sources[-1] for value in read if not value.whole)
+            self._exiting.update(value.sources[-1] for value in read)
 
     def _made_by(self, node: fx.Node, reads: list[fx.Node]) -> _Value | None:
         """What a node makes of linears' outputs; None where it makes something else."""
@@ -178,12 +181,8 @@ def _asks(node: fx.Node) -> bool:
 def _by_feature(node: fx.Node, root: nn.Module) -> bool:
     if node.op == "call_module":
         return _is_by_feature(root.get_submodule(str(node.target)))
-    name = getattr(node.target, "__name__", str(node.target))
-    if node.op == "call_method":
-        return name in _METHODS or _takes_parts(node)
-    is_operator = node.target is getattr(operator, name, None) and f"__{name}__" in _METHODS
-    known = node.target in TABLE or node.target in across.NORMS or is_operator
-    return (node.op == "call_function" and known) or _takes_parts(node)
+    known = (_METHODS,) if node.op == "call_method" else (TABLE, across.NORMS, _OPERATORS)
+    return any(node.target in table for table in known) or _takes_parts(node)
 
 
 def _goes_along(node: fx.Node, root: nn.Module) -> bool:
@@ -206,7 +205,7 @@ def _takes_parts(node: fx.Node) -> bool:
     """Whether a node cuts a gate off what it gates, in the forward itself, or is one of the two."""
     given = (*node.args[1:], *node.kwargs.values())
     if node.target is operator.getitem:
-        return isinstance(node.args[0], fx.Node) and _takes_parts(node.args[0]) and given in ((0,), (1,))
+        return _takes_parts(node.all_input_nodes[0])
     return given in ((), (-1,)) if node.target is F.glu else node.target in ("chunk", torch.chunk) and given == (2, -1)
 
 
@@ -232,8 +231,8 @@ def _is_by_feature(module: nn.Module) -> bool:
     if type(module) is nn.Sequential:
         return all(map(_is_by_feature, module))
     names_itself = type(module).__name__.lower().endswith(("activation", "gelu", "relu", "silu"))
-    is_known = isinstance(module, (*_WHOLE, nn.GLU)) or across.operation_of(module) is not None
-    return is_elementwise_module(module) or is_known or (names_itself and not _holds_weights(module))
+    is_known = is_elementwise_module(module) or isinstance(module, (*_WHOLE, nn.GLU))
+    return is_known or (names_itself and not _holds_weights(module))
 
 
 def _holds_weights(module: nn.Module) -> bool:

@@ -40,8 +40,7 @@ def unfit(module: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, str]
 
 def _memory(parameter: nn.Parameter) -> int:
     """What two parameters share when they are tied, be it as one object or as views of one memory."""
-    plain = type(parameter) is nn.Parameter and not parameter.is_meta
-    return (plain and parameter.untyped_storage().data_ptr()) or id(parameter)
+    return (type(parameter) is nn.Parameter and parameter.untyped_storage().data_ptr()) or id(parameter)
 
 
 def _unusual(linear: Any) -> str | None:

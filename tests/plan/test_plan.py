@@ -69,7 +69,8 @@ def test_what_is_named_forms_the_networks_that_it_does_without_a_plan():
 
 def test_a_lone_linear_is_swapped_only_when_named():
     module = nn.Sequential(nn.Linear(16, 16), nn.Softmax(-1))
-    assert decisions(module) == {"0": "skip"}
+    (layer,) = plan_of(module).layers
+    assert (layer.decision, layer.phantom_width, layer.weights_after) == ("skip", None, 16 * 16 + 16)
     assert decisions(module, plan={"0": "phantom"}) == {"0": "phantom"}
 
 
@@ -78,6 +79,10 @@ def test_attention_is_swapped_when_named():
     module.attention = mlp(16, 32, 16)
     assert decisions(module) == {"attention.0": "skip", "attention.2": "skip"}
     assert decisions(module, plan={"attention.?": "phantom"}) == {"attention.0": "phantom", "attention.2": "phantom"}
+    module = nn.Sequential(nn.ModuleDict({"attention": mlp(16, 24, 8)})["attention"])
+    module.attention = module.pop(0)
+    (ffn,) = plan_of(module, plan={"*.0": "phantom", "*.2": "phantom"}).ffns
+    assert len(ffn.groups) == 2  # as a trace finds them
 
 
 @pytest.mark.parametrize(
@@ -91,6 +96,11 @@ def test_attention_is_swapped_when_named():
 def test_globs_that_match_nothing(plan, message):
     with pytest.raises(PlanError, match=message):
         plan_of(mlp(8, 8, 8), plan=plan)
+
+
+def test_a_module_without_linears_says_so():
+    with pytest.raises(PlanError, match="The linear layers here are: none"):
+        plan_of(nn.Sequential(nn.ReLU()), plan={"0": "phantom"})
 
 
 def test_all_that_a_plan_names_wrongly_is_said_at_once():
@@ -144,9 +154,22 @@ def test_what_would_not_shrink_stays_dense_or_warns_when_named():
 def test_weights_are_counted():
     layer, _ = plan_of(mlp(16, 32, 16), phantom_width=2).layers
     assert (layer.in_features, layer.out_features, layer.bias, layer.phantom_width) == (16, 32, True, 2)
+    assert layer.warning == ""
     assert (layer.weights_before, layer.weights_after) == (16 * 32 + 32, 16 * 32 // 4 + 2 * 16 + 3 * 2 * 32 + 32)
     phantomize_(module := mlp(16, 32, 16), PhantomConfig(4, phantom_width=2))
     assert sum(p.numel() for p in module[0].parameters()) == layer.weights_after
+
+
+@pytest.mark.parametrize("latents", ["own", "both", "previous"])
+def test_a_layer_reads_the_latents_of_the_one_before_it_in_a_chain_but_not_in_a_pair(latents):
+    chain, pair = (plan_of(mlp(*widths), latents=latents) for widths in ((16, 32, 32, 16), (16, 32, 16)))
+    others = ["0", "2"] if latents != "own" else ["", ""]
+    assert [layer.predecessor for layer in chain.layers] == ["", *others]
+    assert [layer.latents for layer in chain.layers] == ["own", latents, latents]
+    assert [(layer.predecessor, layer.latents) for layer in pair.layers] == [("", "own")] * 2
+    module = phantomize_(mlp(16, 32, 32, 16), PhantomConfig(4, latents=latents))
+    held = [sum(p.numel() for p in module[n].parameters()) for n in (0, 2, 4)]
+    assert [layer.weights_after for layer in chain.layers] == held
 
 
 def test_a_swapped_module_is_planned_as_what_it_is():
@@ -154,6 +177,7 @@ def test_a_swapped_module_is_planned_as_what_it_is():
     plan = plan_of(module)
     assert {layer.reason for layer in plan.layers} == {"is a phantom layer already"} and not plan.swapped
     assert plan.layers[0].weights_after == sum(p.numel() for p in module[0].parameters())
+    assert not plan_of(module, plan={"*": "phantom"}).swapped
 
 
 def test_tensor_parallelism_takes_what_phantom_would_not_shrink():

@@ -76,6 +76,7 @@ class Untraceable(nn.Module):
         ({"a": (16, 16), "b": (16, 16)}, []),  # neighbours alone are no evidence
         ({"q": (16, 32), "k": (16, 32), "v": (16, 32), "o": (32, 16)}, []),  # attention, whatever it is called
         ({"a": (16, 32), "b": (32, 8)}, []),
+        ({"a": (16, 32), "b": (16, 32), "c": (32, 8)}, []),
         ({"a": (16, 18), "b": (18, 16)}, []),
     ],
 )
@@ -106,6 +107,7 @@ def test_a_gate_and_up_in_one_linear_make_a_network_with_the_one_that_reads_thei
     narrow = Untraceable(gate_up=(16, 24), down=(12, 16))  # of which 8 blocks would have a part and a half each
     assert [(layer.decision, layer.parts) for layer in plan_of(narrow, 8).layers] == [("skip", 1), ("skip", 1)]
     assert "gate and up are one linear" in reasons(module)["gate_up"]
+    assert len(groups_of(Attention2(gate_up=(16, 64), down=(32, 16)))) == 1  # the whole model's name says nothing
     mixer = Untraceable(weights=(16, 64), value=(32, 16))
     mixer.attn = nn.Identity()  # its kernel, say
     said = reasons(nn.ModuleDict({"self_attn": mixer, "mlp": module}))
@@ -206,8 +208,20 @@ def test_what_holds_attention_may_hold_a_network_beside_it():
     bert = named("attention", Untraceable(dense=(16, 16)))
     bert.attention.self = BottleneckAttention(q=(16, 16))
     assert reasons(bert)["attention.dense"] == "part of the attention (attention)"
-    lists = named("attentions", nn.ModuleList([Untraceable(**FFN_SIZES)]))
-    assert groups_of(lists) == [[("attentions.0.a",), ("attentions.0.b",)]]
+    lists = named("attn", nn.ModuleList([Untraceable(**FFN_SIZES)]))
+    assert groups_of(lists) == [[("attn.0.a",), ("attn.0.b",)]]
+
+
+def test_what_attention_writes_makes_no_network_of_a_linear_behind_it():
+    class Behind(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn, self.fc, self.head = nn.Sequential(nn.Linear(16, 16)), nn.Linear(16, 16), nn.Linear(16, 1)
+
+        def forward(self, x):
+            return self.head(torch.relu(self.fc(torch.relu(self.attn(x)))))
+
+    assert groups_of(Behind()) == []
 
 
 def test_a_models_output_embedding_is_a_head():
@@ -254,9 +268,9 @@ def test_what_a_lora_trains_around_stays_dense_and_its_own_linears_are_no_networ
 def test_experts_that_a_router_chooses_stay_dense_and_the_one_for_all_is_taken():
     module = nn.Module()
     module.experts = nn.ModuleList([Gated(), Gated()])
-    module.shared_expert = Gated()
+    module.shared_experts = Gated()
     plan = plan_of(module)
-    assert [layer.name for layer in plan.swapped] == [f"shared_expert.{name}" for name in ("gate", "up", "down")]
+    assert [layer.name for layer in plan.swapped] == [f"shared_experts.{name}" for name in ("gate", "up", "down")]
     assert "own tokens" in reasons(module)["experts.0.gate"]
 
 
@@ -278,7 +292,7 @@ class OfAnotherLibrary(nn.Module):
 
 
 def test_what_is_like_a_linear_has_a_row_that_says_why_it_stays_dense():
-    module = nn.ModuleDict({"experts": Fused(), "embed": nn.Embedding(4, 4), "conv": nn.Conv1d(4, 4, 3)})
+    module = nn.ModuleDict({"experts": Fused(), "embed": nn.Embedding(4, 4), "conv": nn.Conv1d(4, 4, 4)})
     module["lin"] = OfAnotherLibrary(16, 24)
     plan = plan_of(module)
     assert plan.layers == ()

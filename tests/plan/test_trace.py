@@ -18,6 +18,17 @@ def gelu_by_hand(h):
     return 0.5 * h * (1.0 + torch.tanh(0.8 * (h + 0.04 * torch.pow(h, 3))))
 
 
+class SquareActivation(nn.Module):
+    def forward(self, h):
+        return h * h if h.sum() > 0 else -h
+
+
+class LearnedActivation(SquareActivation):
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.ones(24, 24))
+
+
 ELEMENTWISE = [
     torch.relu,
     F.silu,
@@ -32,10 +43,16 @@ ELEMENTWISE = [
     nn.Sequential(nn.Tanh(), nn.Dropout(0.1)),
     nn.Sequential(nn.LayerNorm(24), nn.PReLU()),
     nn.BatchNorm1d(24),
+    SquareActivation(),
 ]
 OTHERS = [
+    nn.Softmax(-1),
+    LearnedActivation(),
     lambda h: F.softmax(h, -1),
     lambda h: h.flip(-1),
+    lambda h: h.roll(2, -1),
+    lambda h: h.chunk(2, 0)[0],
+    lambda h: h[0],
     lambda h: h - h.mean(-1, keepdim=True),
     lambda h: h * torch.ones(24),
     nn.Linear(24, 24, bias=False).weight.matmul,
@@ -170,6 +187,17 @@ def test_what_stands_beside_a_gated_linear_unit(between, sizes, exits, gated, no
     assert (before.exits, after.enters, after.gated, before.norms) == (exits, exits, gated, norms)
 
 
+def test_a_gated_linear_unit_cuts_no_sum_of_two_linears():
+    class Sum(Block):
+        def forward(self, x):
+            return self.fc2(F.glu(self.fc1(x) + self.other(x)))
+
+    module = Sum(other=nn.Linear(16, 32))
+    module.fc2 = nn.Linear(16, 24)
+    before, after = next(iter(plan_of(module).ffns)).groups
+    assert before.names == ("fc1", "other") and (before.parts, before.exits, after.enters) == (1, True, True)
+
+
 def test_parameters_with_a_number_a_feature_connect_but_what_is_made_of_them_does_not():
     class Scales(Block):
         def forward(self, x):
@@ -180,9 +208,15 @@ def test_parameters_with_a_number_a_feature_connect_but_what_is_made_of_them_doe
             return self.fc2(self.fc1(x) * self.scale.exp())
 
     parameters = {"scale": nn.Parameter(torch.ones(1, 24)), "shift": nn.Parameter(torch.ones(24))}
+
+    class Scaled(Scales):
+        def forward(self, x, scale):  # which is no parameter, whatever it is called
+            return self.fc2(self.fc1(x) * scale)
+
     (ffn,) = plan_of(Scales(sizes=(16, 24, 8), **parameters)).ffns
     assert ffn.groups == (Group(("fc1",), 0, True, False, False), Group(("fc2",), 1, False, True, True, after="fc1"))
     assert groups_of(Transforms(sizes=(16, 24, 8), **parameters)) == []
+    assert groups_of(Scaled(sizes=(16, 24, 8), **parameters)) == []
     matrix = {"scale": nn.Parameter(torch.ones(5, 24)), "shift": nn.Parameter(torch.ones(24))}
     assert groups_of(Scales(sizes=(16, 24, 8), **matrix)) == []
 
@@ -202,25 +236,76 @@ def test_a_linear_between_two_that_stay_dense_is_taken():
     assert groups_of(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))) == []
 
 
+def test_what_a_norm_has_made_whole_stays_whole():
+    class Norms(Block):
+        def forward(self, x):
+            return self.fc2(F.layer_norm(self.norm(self.fc1(x)), (24,)))
+
+    (ffn,) = plan_of(Norms(sizes=(16, 24, 8), norm=nn.GroupNorm(2, 24))).ffns
+    assert ffn.groups == (Group(("fc1",), 0, True, False, True), Group(("fc2",), 1, True, True, True))
+
+
+def test_a_linear_may_bear_the_name_of_what_a_graph_ends_with():
+    class Output(Block):
+        def __init__(self):
+            super().__init__()
+            self.output = self.fc2
+            del self.fc2
+
+        def forward(self, x):
+            return self.output(torch.relu(self.fc1(x)))
+
+    (ffn,) = plan_of(Output()).ffns
+    assert ffn.groups == (Group(("fc1",), 0, True, False, False), Group(("output",), 1, False, True, True, after="fc1"))
+
+
+def test_a_linear_that_is_called_with_nothing_hides_no_other():
+    class Calls(Block):
+        def forward(self, x):
+            return self.other(), self.fc2(torch.relu(self.fc1(x)))
+
+    assert groups_of(Calls(other=nn.Linear(16, 16))) == [[("fc1",), ("fc2",)]]
+
+
+def test_linears_that_one_reads_which_stays_dense_are_no_network():
+    class Sum(Block):
+        def forward(self, x):
+            return self.head(torch.relu(self.fc1(x)) + torch.relu(self.fc2(x)))
+
+    assert groups_of(Sum(sizes=(16, 16, 16), head=nn.Linear(16, 1))) == []
+
+
+def test_what_comes_last_before_a_linear_is_before_it_whatever_else_is():
+    class Skip(Block):
+        def forward(self, x):
+            first = torch.relu(self.fc1(x))
+            return self.last(first + torch.relu(self.fc2(first)))
+
+    (ffn,) = plan_of(Skip(sizes=(16, 16, 16), last=nn.Linear(16, 16))).ffns
+    assert [group.after for group in ffn.groups] == [None, "fc1", "fc2"]
+
+
 def test_a_linear_that_is_called_twice_is_counted_once():
     class Twice(Block):
         def forward(self, x):
             return self.fc2(torch.relu(self.fc1(torch.relu(self.fc1(x)))))
 
     assert groups_of(Twice(sizes=(16, 16, 16))) == [[("fc1",), ("fc2",)]]
+    assert [group.after for group in plan_of(Twice(sizes=(16, 16, 16))).ffns[0].groups] == [None, None]
+
+
+class Opaque(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x) if float(x.sum()) > 0 else x
+        return x
 
 
 def test_the_outermost_forward_that_can_be_traced_counts():
-    class Opaque(nn.Module):
-        def __init__(self, *layers):
-            super().__init__()
-            self.layers = nn.ModuleList(layers)
-
-        def forward(self, x):
-            for layer in self.layers:
-                x = layer(x) if float(x.sum()) > 0 else x
-            return x
-
     assert groups_of(nn.Sequential(Block(), nn.ReLU(), Block())) == [[("0.fc1",), ("0.fc2",), ("2.fc1",), ("2.fc2",)]]
     blocks = [Block(sizes=(16, 24, 8)), Block(sizes=(8, 24, 16))]
     assert groups_of(Opaque(*blocks)) == [[(f"layers.{n}.fc1",), (f"layers.{n}.fc2",)] for n in (0, 1)]
@@ -237,11 +322,24 @@ def test_what_cannot_be_traced_does_not_hide_what_stands_beside_it():
         def forward(self, x):
             return self.q(x) if x.sum() > 0 else self.k(x)
 
+    class Adapted(nn.Linear):  # holds a linear of its own
+        def __init__(self):
+            super().__init__(16, 16)
+            self.adapter = nn.Linear(16, 16)
+
+        def forward(self, x):
+            return super().forward(x) + self.adapter(x) * float(x.sum())
+
     class Layer(Block):
         def forward(self, x, mask=None):
             return self.fc2(torch.relu(self.fc1(x + self.mixer(x))))
 
     assert groups_of(Layer(sizes=(16, 24, 8), mixer=Attention())) == [[("fc1",), ("fc2",)]]
+    assert groups_of(Layer(sizes=(16, 24, 8), mixer=Adapted())) == [[("fc1",), ("fc2",)]]
+    blocks = [nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))) for _ in range(2)]
+    blocks[0][0].register_forward_hook(lambda *_: None)
+    found = [[("layers.0.1",), ("layers.0.2",)], [("layers.1.0",), ("layers.1.1",), ("layers.1.2",)]]
+    assert groups_of(Opaque(*blocks)) == found
 
 
 def test_a_trace_leaves_no_trace():

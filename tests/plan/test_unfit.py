@@ -51,6 +51,16 @@ class ReadsWeight(Block):
         return F.linear(self.fc2(torch.relu(self.fc1(x))), self.fc1.weight)
 
 
+class ReadsNorm(Block):
+    def forward(self, x):
+        return super().forward(x) * float(self.fc1.weight.norm())
+
+
+class ReadsWithinAQuestion(Block):
+    def forward(self, x):
+        return super().forward(x).to((x @ self.fc2.weight).dtype)
+
+
 class Rescales(nn.Module):
     """Changes weights of the modules of a list, in a method that its forward calls."""
 
@@ -63,10 +73,12 @@ class Rescales(nn.Module):
             self.rescale()
         return self.blocks[1](self.blocks[0](x))
 
-    def rescale(self):
+    def rescale(self, times=1):
         with torch.no_grad():
             for number, block in enumerate(self.blocks):
                 block.fc2.weight.div_(2**number)
+        if times > 1:
+            self.rescale(times - 1)
 
 
 class ReadsBias(nn.Module):
@@ -112,6 +124,12 @@ def scaled():
     return first(linear)
 
 
+def unregister_weight(linear):
+    weight = linear.weight.detach()
+    del linear.weight
+    linear.weight = weight
+
+
 class Quantised(nn.Parameter):
     pass
 
@@ -142,6 +160,8 @@ UNFIT = {
     "read": (ReadsWeight, "fc1", "its weight is read by the forward of 'the root module' itself"),
     "read in a mode": (ReadsBias, "block.fc2", "read by the forward of 'the root module' itself"),
     "changed by a method": (Rescales, "blocks.1.fc2", "read by the forward of 'the root module' itself"),
+    "read in a call": (ReadsNorm, "fc1", "read by the forward of 'the root module' itself"),
+    "read within a question": (ReadsWithinAQuestion, "fc2", "read by the forward of 'the root module' itself"),
     "shape": (ReadsShape, "fc1", "read by the forward of 'the root module' itself"),
     "fused": (Attends, "mixer.out_proj", "read by MultiheadAttention 'mixer' itself"),
     "hook": (lambda: changed(lambda m: m.register_forward_hook(lambda *_: None)), "0", "it has hooks"),
@@ -152,8 +172,15 @@ UNFIT = {
         "0",
         "a forward of its own has been set",
     ),
+    "hook after accumulation": (
+        lambda: changed(lambda m: m.weight.register_post_accumulate_grad_hook(lambda p: None)),
+        "0",
+        "gradient hooks",
+    ),
     "weight norm": (lambda: changed(parametrizations.weight_norm), "0", "it is parametrised"),
     "pruned": (lambda: changed(lambda m: prune.l1_unstructured(m, "weight", 0.5)), "0", "pruned"),
+    "another parameter": (lambda: changed(lambda m: setattr(m, "scale", nn.Parameter(m.bias))), "0", "computed"),
+    "no parameter": (lambda: changed(unregister_weight), "0", "computed"),
     "other forward": (lambda: first(Doubled(16, 32)), "0", "Doubled computes something else than nn.Linear"),
     "forward that fails": (lambda: first(Routed(16, 32)), "0", "Routed computes something else than nn.Linear"),
     "scaled": (scaled, "0", "Scaled computes something else than nn.Linear"),
@@ -198,6 +225,27 @@ def test_what_is_only_asked_or_never_reached_is_not_read():
     assert "read by" in reasons(Asks(parts=2, fast=False))["fc1"]
     assert "read by" in reasons(Asks(parts=1, fast=False))["fc2"]
     assert "read by" in reasons(Asks(parts=torch.tensor(1), fast=True))["fc1"]
+
+
+class Obscure(Block):
+    """Names and loops that no reading follows: what it reads through them is not seen, and nothing fails."""
+
+    def forward(self, x, times=1):
+        blocks = [self]
+        for block in blocks:
+            for self.count in range(times):
+                x = x * block.fc1.weight.mean()
+        if times > 2 or x is None:
+            x = x + 1
+        return super().forward(x) + self.fc2.bias
+
+
+def test_the_reader_is_named():
+    assert "read by the forward of '0' itself" in reasons(nn.Sequential(ReadsWeight()))["0.fc1"]
+
+
+def test_what_no_reading_follows_does_no_harm():
+    assert "read by" not in reasons(Obscure())["fc1"] and "read by" in reasons(Obscure())["fc2"]
 
 
 # One linear under two names, and linears of other classes
