@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from lightning_phantom.errors import LayoutError
+from lightning_phantom.errors import LayoutError, PhantomError
 from lightning_phantom.layers.operator import Message
 
 
@@ -86,3 +87,24 @@ def mode() -> tuple[object, ...]:
 
 def _total(rows: tuple[Any, ...]) -> Any:
     return rows[0] if len(rows) == 1 else list(rows)
+
+
+def check_predecessor(
+    predecessor: Any, latents: str, num_blocks: int, mixing: str, process_group: ProcessGroup | None
+) -> None:
+    """Raise PhantomError where a layer cannot read what `predecessor` leaves for it."""
+    if (predecessor is not None) != (latents != "own"):
+        raise PhantomError(
+            f"latents={latents!r}: needs a predecessor, the layer before it in its chain."
+            if predecessor is None
+            else "a predecessor is read where latents is 'both' or 'previous': this layer reads its own."
+        )
+    if predecessor is not None and predecessor.ranks.process_group is not process_group:
+        raise PhantomError("the predecessor lies on other ranks: give both layers the same process_group.")
+    if predecessor is not None and (predecessor.num_blocks, predecessor.mixing) != (num_blocks, mixing):
+        raise PhantomError(
+            f"the predecessor has num_blocks={predecessor.num_blocks}, mixing={predecessor.mixing!r}, the layer "
+            f"num_blocks={num_blocks}, mixing={mixing!r}: they must be the same."
+        )
+    if latents == "both" and predecessor.latents == "previous":
+        raise PhantomError("latents='both' needs a predecessor that makes latents of its own input.")

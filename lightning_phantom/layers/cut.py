@@ -18,8 +18,10 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from lightning_phantom.config import is_int
 from lightning_phantom.distributed.agreement import Rows
 from lightning_phantom.distributed.ranks import Arriving, Ranks, Waiting
+from lightning_phantom.errors import PhantomError
 
 
 class Cut(NamedTuple):
@@ -50,6 +52,20 @@ class Cut(NamedTuple):
     def rows(self, factor: Tensor) -> Tensor:
         """View [q*rows, w] as [q, rows, w]."""
         return factor.unflatten(0, (self.q, -1))
+
+
+def check_cut(in_features: int, out_features: int, num_blocks: int, num_ranks: int) -> None:
+    """Raise PhantomError where a layer does not divide into blocks, or those into ranks."""
+    if not is_int(num_blocks) or num_blocks < 2:
+        raise PhantomError(f"num_blocks={num_blocks!r}: needs an int of at least 2.")
+    if num_blocks % num_ranks:
+        raise PhantomError(
+            f"num_blocks={num_blocks} on {num_ranks} ranks: the number of ranks must divide the number of blocks."
+        )
+    if in_features % num_blocks or out_features % num_blocks:
+        raise PhantomError(
+            f"a layer of {in_features} -> {out_features} features does not divide into num_blocks={num_blocks} blocks."
+        )
 
 
 class Mixing(Protocol):

@@ -46,14 +46,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
-from lightning_phantom.config import check_mixing, check_phantom_width, is_int, resolve_phantom_width
+from lightning_phantom.config import check_mixing, check_phantom_width, resolve_phantom_width
 from lightning_phantom.distributed.agreement import Rows
 from lightning_phantom.errors import PhantomError
-from lightning_phantom.layers.chain import Letter, Mailbox, mode
-from lightning_phantom.layers.cut import Cut
+from lightning_phantom.layers.chain import Letter, Mailbox, check_predecessor, mode
+from lightning_phantom.layers.cut import Cut, check_cut
 from lightning_phantom.layers.factors import (
     Blocks,
     Factors,
@@ -67,6 +66,7 @@ from lightning_phantom.layers.factors import (
 from lightning_phantom.layers.mixing import MIXINGS
 from lightning_phantom.layers.operator import Call, Message, Mix, Part, mix
 from lightning_phantom.layers.split import SplitLinear, cast, key_of
+from lightning_phantom.layers.twice import is_transformed
 
 FACTORS = ("weight", "compressor_weight", "decompressor_weight", "decompressor_before_weight")
 
@@ -127,13 +127,13 @@ class PhantomLinear(SplitLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, process_group, dense_class)
-        _check_sizes(in_features, out_features, num_blocks, self.ranks.size)
+        check_cut(in_features, out_features, num_blocks, self.ranks.size)
         if out_features % (num_blocks * parts):
             raise PhantomError(f"parts={parts} of {out_features} features do not divide into num_blocks={num_blocks}.")
         self._order = _Order(parts)
         check_phantom_width(phantom_width)
         check_mixing(mixing, latents)
-        _check_predecessor(predecessor, latents, num_blocks, mixing, process_group)
+        check_predecessor(predecessor, latents, num_blocks, mixing, process_group)
         self.num_blocks = num_blocks
         self.mixing, self.latents = mixing, latents
         self.phantom_width = resolve_phantom_width(phantom_width, in_features, out_features, num_blocks, mixing)
@@ -227,7 +227,7 @@ class PhantomLinear(SplitLinear):
         )
         tensors = [tensor for part in parts for tensor in part]
         tensors += cast(x, [follower.compressor_weight for follower in asking])[1]
-        plainly = not torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_transformed()
+        plainly = not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed()
         outputs = mix(x, call, *tensors) if rows is None and plainly else Mix.apply(x, call, *tensors)
 
         made = iter(outputs[len(layers) :])
@@ -353,42 +353,3 @@ class _Order:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Order:
         return self
-
-
-def _check_sizes(in_features: int, out_features: int, num_blocks: int, num_ranks: int) -> None:
-    if not is_int(num_blocks) or num_blocks < 2:
-        raise PhantomError(f"num_blocks={num_blocks!r}: needs an int of at least 2.")
-    if num_blocks % num_ranks:
-        raise PhantomError(
-            f"num_blocks={num_blocks} on {num_ranks} ranks: the number of ranks must divide the number of blocks."
-        )
-    if in_features % num_blocks or out_features % num_blocks:
-        raise PhantomError(
-            f"a layer of {in_features} -> {out_features} features does not divide into num_blocks={num_blocks} blocks."
-        )
-
-
-def _check_predecessor(
-    predecessor: Any, latents: str, num_blocks: int, mixing: str, process_group: ProcessGroup | None
-) -> None:
-    if (predecessor is not None) != (latents != "own"):
-        raise PhantomError(
-            f"latents={latents!r}: needs a predecessor, the layer before it in its chain."
-            if predecessor is None
-            else "a predecessor is read where latents is 'both' or 'previous': this layer reads its own."
-        )
-    if predecessor is not None and predecessor.ranks.process_group is not process_group:
-        raise PhantomError("the predecessor lies on other ranks: give both layers the same process_group.")
-    if predecessor is not None and (predecessor.num_blocks, predecessor.mixing) != (num_blocks, mixing):
-        raise PhantomError(
-            f"the predecessor has num_blocks={predecessor.num_blocks}, mixing={predecessor.mixing!r}, the layer "
-            f"num_blocks={num_blocks}, mixing={mixing!r}: they must be the same."
-        )
-    if latents == "both" and predecessor.latents == "previous":
-        raise PhantomError("latents='both' needs a predecessor that makes latents of its own input.")
-
-
-def _is_transformed() -> bool:
-    """Whether torch.func, forward-mode differentiation or a trace is at work, which know operations but not `Mix`."""
-    is_traced = torch._C._get_tracing_state() is not None
-    return is_traced or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
