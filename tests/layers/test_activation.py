@@ -444,11 +444,35 @@ def test_questions_are_answered_and_gathers_are_named():
         assert seen == []  # repr and tolist had brought it back already
 
 
+def stays():
+    place, lead = places()
+    _, _, z, plain = pair(place, lead)
+    with watch_gathers() as seen:
+        assert z.contiguous() is z and z.double() is z and z.to(z.device) is z  # as of a plain tensor
+        assert isinstance(z.clone(memory_format=torch.preserve_format), ShardedActivation)
+        assert isinstance(torch.div(z, 2.0, rounding_mode="floor"), ShardedActivation)
+    assert not seen and (z == None) is False and (z != None) is True  # noqa: E711
+    shared = z.detach()
+    with pytest.raises(LayoutError, match="shares its memory"):
+        z[..., 0] = 3.0
+    assert same(shared, plain.detach())
+    _, _, z, plain = pair(place, lead, requires_grad=False)
+    expected = plain.clone()
+    expected[..., 0] = 1.0
+    z[..., 0] = torch.ones((), dtype=z.dtype, requires_grad=True)
+    assert z.requires_grad and z.grad_fn is not None and not z.is_leaf  # as a plain tensor that this is written into
+    return same(z, expected)
+
+
+def test_what_a_plain_tensor_would_give_back_is_the_same_activation():
+    assert all(run_ranks(2, stays))
+
+
 def once():
     place, lead = places()
     _, _, z, _ = pair(place, lead)
     with watch_gathers() as seen:
-        z.softmax(-1)
+        torch.softmax(input=z, dim=-1)
         z.sum()
     return [(g.layer, g.operation, "test_activation.py" in g.line) for g in seen]
 
