@@ -43,7 +43,8 @@ class Place(NamedTuple):
         else:
             raw = local.contiguous().view(torch.uint8)  # a comparison, say: it has no gradient
             x = to_tokens(raw, self.ranks, self.rows, what).view(local.dtype)
-        return _exchanged(x, self.ranks.size, self.parts).reshape(shape)
+        # No view, as a linear's output is none: torch fails on hooks of views that have been written into.
+        return torch.ops.aten._unsafe_view(_exchanged(x, self.ranks.size, self.parts), shape)  # type: ignore[no-any-return]
 
     def features(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """Token layout [*lead, width] -> feature layout [T, width/R]."""

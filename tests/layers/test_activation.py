@@ -460,12 +460,31 @@ def stays():
     expected = plain.clone()
     expected[..., 0] = 1.0
     z[..., 0] = torch.ones((), dtype=z.dtype, requires_grad=True)
-    assert z.requires_grad and z.grad_fn is not None and not z.is_leaf  # as a plain tensor that this is written into
+    assert z.requires_grad and not z.is_leaf and "CopySlices" in repr(z.grad_fn)  # as a plain tensor's
     return same(z, expected)
 
 
 def test_what_a_plain_tensor_would_give_back_is_the_same_activation():
     assert all(run_ranks(2, stays))
+
+
+def written():
+    """What is asked of an activation that has been written into as a whole, beside a plain tensor."""
+    place, lead = places()
+    seen = []
+    for z in pair(place, lead)[2:]:
+        asked = [torch.ones(z.shape).double().is_same_size(z), z.grad is None]
+        z[..., 0] = 3.0
+        z.register_hook(lambda grad: grad * 2)
+        z.retain_grad()
+        (z * z).sum().backward()
+        seen.append([*asked, z.grad.sum().item(), z.requires_grad_() is z])
+    return seen
+
+
+def test_an_activation_that_was_written_into_has_hooks_and_gradients():
+    for mine, plain in run_ranks(2, written):
+        assert mine == pytest.approx(plain), (mine, plain)
 
 
 def once():
