@@ -38,7 +38,8 @@ ATTRIBUTES = {
     "_Stateful": "lightning.fabric.utilities.types",
     "_WrappingCheckpointIO": "lightning.pytorch.plugins.io.wrapper",
     **dict.fromkeys(
-        ("_are_functorch_transforms_active", "_current_graph_task_id", "_get_tracing_state", "_nn"), "torch._C"
+        ("_are_functorch_transforms_active", "_current_graph_task_id", "_get_tracing_state", "_is_alias_of", "_nn"),
+        "torch._C",
     ),
     "_current_level": "torch.autograd.forward_ad",
     "_symbolic_trace": "torch.fx",
@@ -46,6 +47,7 @@ ATTRIBUTES = {
     **dict.fromkeys(("_schema", "_overloadpacket"), "torch._ops.OpOverload"),
     **dict.fromkeys(("_allgather_base_", "_reduce_scatter_base_"), "torch.ops.c10d"),
     "_c10d_functional": "torch.ops",
+    "_unsafe_view": "torch.ops.aten",
     "_get_ddp_logging_data": "torch.nn.parallel.DistributedDataParallel",
     "_set_params_and_buffers_to_ignore_for_model": "torch.nn.parallel.DistributedDataParallel",
     "_world": "torch.distributed.distributed_c10d",

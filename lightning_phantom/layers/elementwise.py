@@ -44,10 +44,9 @@ def _functions(*names: str) -> Iterator[tuple[Any, str]]:
                 yield function, name
 
 
-# What is done by feature: function -> name. What of it writes into its first argument, and what may share its memory.
+# What is done by feature: function -> name. What of it writes into its first argument.
 TABLE: dict[Any, str] = dict(_functions(*_ACTIVATIONS, *_ARITHMETIC, *_CASTS, *_OPERATORS, *_WRITES))
 IN_PLACE = frozenset(name for _, name in _functions(*_WRITES))
-CASTS = frozenset(_CASTS)
 
 # Questions about a tensor that its shape, type and place answer.
 _QUESTIONS = (

@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 from lightning_phantom.distributed.exchange import replicated
 from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import LayoutError
-from lightning_phantom.layers.elementwise import CASTS, IN_PLACE, RAW_MEMORY, REFUSED
+from lightning_phantom.layers.elementwise import IN_PLACE, RAW_MEMORY, REFUSED
 from lightning_phantom.layers.held import Held, in_autograd_function
 
 
@@ -31,7 +31,7 @@ def by_feature(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     first = activations[0]
     ranks, rows, _, parts = first.place
     writes = name in IN_PLACE or bool(kwargs.get("inplace"))
-    if "out" in kwargs or (writes and args[0] is not first):
+    if "out" in kwargs:
         return NotImplemented
     if writes and any(other._whole is not None for other in first.sharing_memory()):
         return NotImplemented  # what was brought back may have views
@@ -81,7 +81,7 @@ def by_feature(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     if result.shape != first.local.shape:  # type: ignore[union-attr]
         return NotImplemented  # what an activation was only asked of, such as its type
     made = first.wrap(result, first.shape, first.place)
-    if name in CASTS and not result.is_meta and result.data_ptr() == first.local.data_ptr():  # type: ignore[union-attr]
+    if torch._C._is_alias_of(result, first.local):  # type: ignore[attr-defined]
         first._relatives.extend(made._relatives)
         made._relatives = first._relatives
     return made

@@ -76,6 +76,7 @@ OTHERS = {  # which want whole tokens
     "a parameter of its type": lambda: Calls(lambda h, s: h.exp() * s.type_as(h), learned(WIDTH)),
     "a number of its type": lambda: Calls(lambda h, s: h.exp() * s.to(h), learned()),
     "made of a parameter": lambda: Calls(lambda h, s: h * s.exp(), learned(WIDTH)),
+    "a parameter of more dimensions": lambda: Calls(lambda h, s: (h * s)[0], learned(1, 1, 1, WIDTH)),
     "a parameter of positions": lambda: Calls(lambda h, s: h * s, learned(2, WIDTH)),
     "normed by what is no parameter": lambda: Calls(lambda h, s: F.layer_norm(h, (WIDTH,), s * 2), learned(WIDTH)),
     "normed with the positions": lambda: nn.LayerNorm((2, WIDTH)),

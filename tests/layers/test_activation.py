@@ -240,6 +240,23 @@ def write_through_a_view(z):
     return z * 1
 
 
+def view_then_relu(z):
+    view = z.view(-1)
+    F.relu(z, inplace=True)
+    return view.reshape(z.shape) + z
+
+
+def relu_by_keyword(z):
+    F.relu(input=z, inplace=True)
+    return z
+
+
+def sum_then_relu_by_keyword(z):
+    z = z + z.sum()
+    F.relu(input=z, inplace=True)
+    return z
+
+
 def half_then_write(z):
     half = z * 0.5
     z.add_(1)
@@ -255,6 +272,9 @@ IN_PLACES = [
     detach_then_write,
     write_through_a_view,
     half_then_write,
+    view_then_relu,
+    relu_by_keyword,
+    sum_then_relu_by_keyword,
     lambda z: z.mul_(3),
     lambda z: z.clamp_(-1, 1),
     lambda z: z.copy_(z * 2),
@@ -450,8 +470,15 @@ def stays():
     with watch_gathers() as seen:
         assert z.contiguous() is z and z.double() is z and z.to(z.device) is z  # as of a plain tensor
         assert isinstance(z.clone(memory_format=torch.preserve_format), ShardedActivation)
+        assert isinstance(torch.clamp(z, None, 0.5), ShardedActivation)
         assert isinstance(torch.div(z, 2.0, rounding_mode="floor"), ShardedActivation)
     assert not seen and (z == None) is False and (z != None) is True  # noqa: E711
+    with torch.no_grad():
+        assert isinstance(z.relu(), ShardedActivation)
+        rewritten = (z * 1).relu_()
+        assert rewritten.sum() == plain.relu().sum() and same(rewritten * 1, plain.relu())
+    cloned = z.clone()
+    cloned[..., 0] = 3.0
     shared = z.detach()
     with pytest.raises(LayoutError, match="shares its memory"):
         z[..., 0] = 3.0
@@ -466,6 +493,61 @@ def stays():
 
 def test_what_a_plain_tensor_would_give_back_is_the_same_activation():
     assert all(run_ranks(2, stays))
+
+
+class Inside(torch.autograd.Function):
+    """Makes an activation, as a checkpoint that is recomputed makes what the layers in it return."""
+
+    @staticmethod
+    def forward(ctx, x, place):
+        made = ShardedActivation.wrap(place.features(x), x.shape, place)
+        assert isinstance(made.relu(), ShardedActivation)  # which no gradient goes through
+        assert (made * 1).relu_().sum() >= 0
+        with torch.enable_grad():
+            inner = x.detach().requires_grad_()
+            assert isinstance(ShardedActivation.wrap(place.features(inner), x.shape, place) * 2, ShardedActivation)
+        return made
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def strangers():
+    """Activations that lie otherwise meet as plain tensors."""
+    place, lead = places()
+    _, _, z, plain = pair(place, lead)
+    group = dist.new_group()
+    shorter = (2, 3) if place.ranks.rank == 0 else (1, 1)  # on the other rank they have the same shape
+    rows = agreement_of(dist.group.WORLD).enter("shorter", torch.Size(shorter).numel(), "for tests")
+    again = agreement_of(group).enter("elsewhere", torch.Size(lead).numel(), "for tests")
+    other = torch.randn(*shorter, WIDTH, dtype=torch.float64)
+    for x, stranger in (
+        (plain[None], ShardedActivation.wrap(z.local, (1, *z.shape), place)),
+        (
+            other,
+            ShardedActivation.wrap(place._replace(rows=rows).features(other), other.shape, place._replace(rows=rows)),
+        ),
+        (plain, ShardedActivation.wrap(z.local, z.shape, place._replace(parts=2))),
+        (plain, ShardedActivation.wrap(z.local, z.shape, place._replace(ranks=Ranks(group), rows=again))),
+    ):
+        total = z + stranger
+        assert not isinstance(total, ShardedActivation)
+        if stranger.place.parts == 1:
+            assert same(total, plain + x)
+    leaf, plain_leaf, _, plain = pair(place, lead)
+    (Inside.apply(leaf, place) * 2).relu().sum().backward()
+    (plain * 2).relu().sum().backward()
+    assert torch.equal(leaf.grad, plain_leaf.grad)
+    with torch.inference_mode():
+        z = ShardedActivation.wrap(place.features(plain.detach() * 1), plain.shape, place)
+        assert z.sum() == plain.sum()
+        assert same(z.relu(), plain.relu())
+    return True
+
+
+def test_activations_that_lie_otherwise_meet_as_plain_tensors():
+    assert all(run_ranks(2, strangers))
 
 
 def written():
@@ -493,6 +575,17 @@ def once():
     with watch_gathers() as seen:
         torch.softmax(input=z, dim=-1)
         z.sum()
+        assert isinstance(z.relu(), ShardedActivation)  # although the whole is there
+    for no_longer in (z * 1, z.detach() * 1):
+        with watch_gathers() as again, torch.no_grad():
+            no_longer.sum()
+            no_longer.mean()
+        assert len(again) == 1
+    _, _, fixed, _ = pair(place, lead, requires_grad=False)
+    with watch_gathers() as again:
+        fixed.sum()
+        fixed.mean()
+    assert len(again) == 1
     return [(g.layer, g.operation, "test_activation.py" in g.line) for g in seen]
 
 
