@@ -59,11 +59,12 @@ class ShardedActivation(Held):
     @torch.compiler.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Give plain values to what has passed by `__torch_function__`; autograd sees the activation itself."""
+        kwargs = kwargs or {}
         if func._schema.is_mutable:
-            first = next(activations_in([*args, *(kwargs or {}).values()]))
+            first = next(activations_in([*args, *kwargs.values()]))
             raise LayoutError(
                 f"{func} writes into an activation of {first.place.layer!r}, of which each rank holds its features "
                 f"only. Pass it a clone() times 1, or skip the layer in the plan."
             )
         with torch.no_grad():
-            return func(*plain(args, str(func)), **plain(kwargs or {}, str(func)))
+            return func(*plain(args, str(func)), **plain(kwargs, str(func)))

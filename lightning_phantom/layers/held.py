@@ -102,7 +102,7 @@ class Held(Tensor):
     local: Tensor | None
     place: Place
     _whole: Tensor | None
-    _versions: tuple[int | None, int | None]  # of `local` and the whole, when that was made
+    _version_made: int | None  # of the whole, when it was
     _relatives: list[weakref.ref[Held]]  # activations with the same memory, itself among them
     _rewritten: bool  # in place, since autograd was told of it
 
@@ -120,7 +120,7 @@ class Held(Tensor):
         else:
             activation = cls(local, shape)
         activation.local, activation.place = local, place
-        activation._whole, activation._versions = None, (None, None)
+        activation._whole = activation._version_made = None
         activation._relatives, activation._rewritten = [weakref.ref(activation)], False
         return activation
 
@@ -129,9 +129,8 @@ class Held(Tensor):
         if torch.is_grad_enabled() and self.local is not None and self.requires_grad and not self.local.requires_grad:
             self._whole, self.local = _AsMade.apply(self), None  # an autograd function has returned it
         for other in self.sharing_memory():
-            if other.local is not None and other._whole is not None:
-                if version_of(other._whole) != other._versions[1]:
-                    other.become_whole("a view")
+            if other._whole is not None and version_of(other._whole) != other._version_made:
+                other._give_up(other._whole, "a view")
 
     def sharing_memory(self) -> list[Held]:
         """This and the other activations that have its memory (`detach`, `data`)."""
@@ -150,21 +149,23 @@ class Held(Tensor):
                 f"({reader}): its gradient would be lost. Write into a clone()."
             )
         lacks_graph = torch.is_grad_enabled() and local.requires_grad and kept is not None and not kept.requires_grad
-        if kept is None or lacks_graph or self._versions[0] != version_of(local):
+        if kept is None or lacks_graph:  # `local` is not written to while this is there
             for seen in _watchers:
                 seen.append(Gathered(self.place.layer, reader, _line_of_user()))
             self._whole = kept = self.place.tokens(local, self.shape)
-            self._versions = version_of(local), version_of(kept)
+            self._version_made = version_of(kept)
         return kept
 
     def become_whole(self, writer: str) -> Tensor:
         """Give up `local`: from now on the activation is the plain tensor, which is about to be written to."""
+        return self._give_up(self.whole(writer), writer)
+
+    def _give_up(self, whole: Tensor, writer: str) -> Tensor:
         if len(self.sharing_memory()) > 1:
             raise LayoutError(
                 f"{writer} writes into an activation of {self.place.layer!r} that shares its memory with another "
                 f"(detach, data, chunk). Write into a clone()."
             )
-        whole = self._whole if self._whole is not None and writer == "a view" else self.whole(writer)
         self._whole, self.local = whole, None
         return whole
 

@@ -134,7 +134,7 @@ def _keeps_layout(value: Any, activation: Held) -> bool:
 def by_token(func: Any, args: Any, kwargs: Any) -> Any:
     """Apply any operation to plain tensors."""
     name = _name_of(func)
-    if name in RAW_MEMORY or name in REFUSED or (name == "__set__" and isinstance(args[0], Held)):
+    if name in RAW_MEMORY or name in REFUSED or name == "__set__":
         first = next(activations_in([*args, *kwargs.values()]))
         raise LayoutError(
             f"{name} reads or replaces the memory of an activation of {first.place.layer!r}, of which each rank holds "
@@ -154,9 +154,9 @@ def by_token(func: Any, args: Any, kwargs: Any) -> Any:
         return func(*plain(args, name), **plain(kwargs, name))
     assert target is not None
     written = target.become_whole(name)
-    result = func(written, *plain(args[1:], name), **plain(kwargs, name))
+    func(written, *plain(args[1:], name), **plain(kwargs, name))
     increment_version(target)
-    return target if result is written else result
+    return target
 
 
 def plain(value: Any, reader: str) -> Any:

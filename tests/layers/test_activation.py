@@ -9,6 +9,7 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, given, seed, settings
 from ranks import run_ranks
 from torch import nn
+from torch._C import DisableTorchFunctionSubclass
 from torch.nn import functional as F
 
 from lightning_phantom.distributed.agreement import agreement_of
@@ -348,7 +349,12 @@ class Cube(torch.autograd.Function):
 
 @torch.jit.script
 def scripted(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.sigmoid(1.702 * x)
+    return torch.add(x * torch.sigmoid(1.702 * x), x, alpha=0.5)
+
+
+@torch.jit.script
+def scripted_write(x: torch.Tensor) -> torch.Tensor:
+    return x.add_(1)
 
 
 def bypasses():
@@ -367,17 +373,25 @@ def bypasses():
         "dlpack": lambda: torch.from_dlpack(z.detach()),
         "t_": lambda: z.transpose_(0, -1),
         "out": lambda: torch.add(1, 1, out=z.detach()),
+        "set": lambda: setattr(z, "data", torch.ones(z.shape).double()),
         "after a write": lambda: Cube.apply((z * 1).relu_()),
     }.items():
         with pytest.raises(LayoutError, match="'up'") as caught:
             function()
         out[name] = str(caught.value)
+    with pytest.raises(LayoutError, match="writes into an activation of 'up'"), DisableTorchFunctionSubclass():
+        torch.ops.aten.add_.Tensor(z, 1.0)
+    with pytest.raises(RuntimeError, match="in the TorchScript interpreter"):
+        scripted_write(z * 1)
+    written = z * 1
+    torch.ops.aten.add_.Tensor(written, 1.0)
+    out["operator"] = same(written, z.whole("test") + 1)
     return out
 
 
 def test_custom_functions_are_right_and_raw_memory_is_refused():
     for out in run_ranks(2, bypasses):
-        assert out["autograd.Function"] is True and out["script"] is True
+        assert out["autograd.Function"] is True and out["script"] is True and out["operator"] is True
         assert "data_ptr reads or replaces the memory" in out["data_ptr"]
         assert "skip" in out["data_ptr"]
 
@@ -484,6 +498,10 @@ def stays():
         z[..., 0] = 3.0
     assert same(shared, plain.detach())
     _, _, z, plain = pair(place, lead, requires_grad=False)
+    total = torch.zeros(z.shape).double()
+    assert torch.equal(total.add_(z.detach()), plain)
+    added = z * 1
+    assert added.add_(torch.ones(z.shape)) is added
     expected = plain.clone()
     expected[..., 0] = 1.0
     z[..., 0] = torch.ones((), dtype=z.dtype, requires_grad=True)
@@ -535,6 +553,18 @@ def strangers():
         assert not isinstance(total, ShardedActivation)
         if stranger.place.parts == 1:
             assert same(total, plain + x)
+    leaf, plain_leaf, z, plain = pair(place, lead)
+    with torch.no_grad():
+        z.sum()
+    z.sum().backward()  # what was brought back without a graph is brought back again
+    plain.sum().backward()
+    assert torch.equal(leaf.grad, plain_leaf.grad)
+    leaf, plain_leaf, z, plain = pair(place, lead)
+    with torch.no_grad():
+        z.sum()
+    z.add_(torch.ones(z.shape)).square().sum().backward()
+    (plain + 1).square().sum().backward()
+    assert torch.equal(leaf.grad, plain_leaf.grad)
     leaf, plain_leaf, _, plain = pair(place, lead)
     (Inside.apply(leaf, place) * 2).relu().sum().backward()
     (plain * 2).relu().sum().backward()
@@ -576,6 +606,9 @@ def once():
         torch.softmax(input=z, dim=-1)
         z.sum()
         assert isinstance(z.relu(), ShardedActivation)  # although the whole is there
+    with watch_gathers() as named:
+        _ = (z * 1).mT
+    assert [g.operation for g in named] == ["mT"]
     for no_longer in (z * 1, z.detach() * 1):
         with watch_gathers() as again, torch.no_grad():
             no_longer.sum()
