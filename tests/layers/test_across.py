@@ -257,7 +257,20 @@ def every_case(each):
             check(name, make, mesh, () if name in MATRICES else (2,), way)
     for name in ("layer norm", "RMS norm", "scale and shift", "batch norm", "PReLU, a number a feature"):
         check(name, CASES[name], mesh, () if name in MATRICES else (2,), "ddp", exact=True)
+    behind_what_is_frozen(mesh)
     return parted(mesh) if whole_world else None
+
+
+def behind_what_is_frozen(mesh):
+    """A norm's parameters have the same gradients whether what it reads has one or not."""
+    grads = []
+    for frozen_ones in ((), ("first", "up")):
+        net, _ = nets(NORMS["layer norm"], mesh.phantom.group)
+        for name in frozen_ones:
+            frozen(net.get_submodule(name))
+        net(tokens_of(mesh.phantom.rank, ())).sin().sum().backward()
+        grads.append([p.grad for p in net.between.parameters()])
+    assert all(torch.allclose(*pair) for pair in zip(*grads, strict=True))
 
 
 def parted(mesh):
