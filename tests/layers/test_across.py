@@ -18,6 +18,7 @@ from lightning_phantom.config import TensorParallelConfig
 from lightning_phantom.distributed.mesh import Sizes, make_mesh
 from lightning_phantom.errors import LayoutError
 from lightning_phantom.layers.activation import watch_gathers
+from lightning_phantom.layers.norms import epsilon
 from lightning_phantom.layers.split import sharded_parameters, split_layers
 from lightning_phantom.plan.finder import plan_tensor_parallel
 from lightning_phantom.strategies.agree import average_shards
@@ -334,6 +335,14 @@ def test_it_is_the_dense_model_and_a_rank_that_departs_is_named(ranks, request):
         said = said[0] if ranks == "two" else said
         assert "rank 0 in the" in said or "rank 0: " in said
         assert "layer_norm behind 'up' 2 torch.float64" in said and "latents of 'down'" in said, said
+
+
+@pytest.mark.parametrize("dtype", [*TYPES, torch.float64])
+@pytest.mark.parametrize("size", [1e-3, 0.05, 1.0])
+def test_the_epsilon_of_a_type_is_torchs(dtype, size):
+    x = torch.full((4,), size, dtype=dtype)
+    by_hand = x.double() / (x.double().square().mean() + epsilon(dtype)).sqrt()
+    assert torch.allclose(torch.rms_norm(x, (4,)).double(), by_hand, rtol=4 * torch.finfo(dtype).eps)
 
 
 def test_types_are_those_of_plain_tensors(two):
