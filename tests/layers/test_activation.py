@@ -500,8 +500,19 @@ def stays():
     _, _, z, plain = pair(place, lead, requires_grad=False)
     total = torch.zeros(z.shape).double()
     assert torch.equal(total.add_(z.detach()), plain)
-    added = z * 1
-    assert added.add_(torch.ones(z.shape)) is added
+    ones = torch.ones(z.shape).double()
+    for write in (
+        lambda z: z.add_(ones),
+        lambda z: z.__iadd__(ones),
+        lambda z: z.copy_(ones),
+        lambda z: F.relu(z, inplace=True),
+    ):
+        changed = z * 1
+        changed.sum()
+        assert write(changed) is changed
+    version = changed._version
+    changed[..., 0] = 3.0
+    assert changed._version > version
     expected = plain.clone()
     expected[..., 0] = 1.0
     z[..., 0] = torch.ones((), dtype=z.dtype, requires_grad=True)
