@@ -138,8 +138,6 @@ def _chunk(input: Any, chunks: int, dim: int = 0) -> Any:
 
 
 def _split(input: Any, split_size: Any, dim: int = 0) -> Any:
-    if not isinstance(input, Held) or not isinstance(split_size, int | list | tuple):
-        return NotImplemented
     half = input.shape[-1] // 2
     return _chunk(input, 2, dim) if split_size in (half, [half, half], (half, half)) else NotImplemented
 

@@ -184,6 +184,7 @@ UNARY = [
     lambda z: z.flatten().view(z.shape),
     lambda z: z[..., :4],
     lambda z: z.chunk(2, -1)[1],
+    lambda z: F.glu(z, -1) if z.shape[-1] % 2 == 0 else z,
     lambda z: torch.cat([z, z], -1)[..., ::2],
     lambda z: z.softmax(-1),
     lambda z: z.transpose(0, -1),
@@ -415,6 +416,11 @@ def gradients():
     out["retained"] = torch.allclose(y.grad, plain_y.grad)
     out["leaf"] = torch.allclose(leaf.grad, plain_leaf.grad)
 
+    x, plain_x = z.detach().requires_grad_(), plain.detach().requires_grad_()
+    (Cube.apply(x) + x * 2).sum().backward()
+    (Cube.apply(plain_x) + plain_x * 2).sum().backward()
+    out["of a leaf"] = torch.allclose(x.grad, plain_x.grad)
+
     scale, plain_scale = (nn.Parameter(torch.tensor(0.7, dtype=torch.float64)) for _ in range(2))
     _, _, z, plain = pair(place, lead)
     with watch_gathers() as gathered:
@@ -585,6 +591,24 @@ def strangers():
         assert z.sum() == plain.sum()
         assert same(z.relu(), plain.relu())
     return True
+
+
+def second_dimensions():
+    """What reads the second dimension as features, where that is not the last, though as wide."""
+    ranks = Ranks(dist.group.WORLD)
+    lead = (2 + ranks.rank, WIDTH)
+    rows = agreement_of(dist.group.WORLD).enter("square", torch.Size(lead).numel(), "for tests")
+    _, _, z, plain = pair(Place(ranks, rows, "up"), lead)
+    slopes = nn.Parameter(torch.rand(WIDTH).double())
+    assert same(F.prelu(z, slopes), F.prelu(plain, slopes))
+    norm = nn.BatchNorm1d(WIDTH).double().eval()
+    norm.running_mean.copy_(slopes.detach())
+    assert same(norm(z), norm(plain))
+    return True
+
+
+def test_features_that_are_not_last_are_read_as_tokens():
+    assert all(run_ranks(2, second_dimensions))
 
 
 def test_activations_that_lie_otherwise_meet_as_plain_tensors():
