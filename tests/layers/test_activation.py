@@ -593,8 +593,8 @@ def strangers():
     return True
 
 
-def second_dimensions():
-    """What reads the second dimension as features, where that is not the last, though as wide."""
+def features_elsewhere():
+    """Norms of what has its features elsewhere than in the last dimension, in two parts, or nowhere any more."""
     ranks = Ranks(dist.group.WORLD)
     lead = (2 + ranks.rank, WIDTH)
     rows = agreement_of(dist.group.WORLD).enter("square", torch.Size(lead).numel(), "for tests")
@@ -604,11 +604,26 @@ def second_dimensions():
     norm = nn.BatchNorm1d(WIDTH).double().eval()
     norm.running_mean.copy_(slopes.detach())
     assert same(norm(z), norm(plain))
+
+    rows = agreement_of(dist.group.WORLD).enter("flat", lead[0], "for tests")
+    place = Place(ranks, rows, "up", parts=2)
+    values = torch.randn(lead[0], WIDTH, dtype=torch.float64)
+    halves = ShardedActivation.wrap(place.features(values), values.shape, place)
+    bare = nn.BatchNorm1d(WIDTH, affine=False).double().eval()
+    bare.running_mean.copy_(slopes.detach())
+    assert same(bare(halves), bare(values))
+    halves[..., 0] = values[..., 0] = 3.0
+    assert same(F.layer_norm(halves, (WIDTH,)), F.layer_norm(values, (WIDTH,)))
+
+    place = Place(ranks, agreement_of(dist.group.WORLD).enter("row", 1, "for tests"), "up")
+    row = torch.randn(WIDTH, dtype=torch.float64)
+    scale = ShardedActivation.wrap(place.features(row), row.shape, place)
+    assert same(F.layer_norm(values, (WIDTH,), scale), F.layer_norm(values, (WIDTH,), row))
     return True
 
 
-def test_features_that_are_not_last_are_read_as_tokens():
-    assert all(run_ranks(2, second_dimensions))
+def test_norms_of_features_that_lie_elsewhere_are_done_on_tokens():
+    assert all(run_ranks(2, features_elsewhere))
 
 
 def test_activations_that_lie_otherwise_meet_as_plain_tensors():
