@@ -44,7 +44,7 @@ def _layer_norm(
 
 
 def _rms_norm(input: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
-    if eps is None and isinstance(input, Held):
+    if eps is None:
         eps = epsilon(input.dtype)
     return _norm(torch.rms_norm, input, normalized_shape, [weight], eps)
 

@@ -143,16 +143,10 @@ def by_token(func: Any, args: Any, kwargs: Any) -> Any:
         )
     if isinstance(kwargs.get("out"), Held):
         raise LayoutError(f"{name}(out=...) cannot write into an activation of {kwargs['out'].place.layer!r}.")
-    target = args[0] if args and isinstance(args[0], Held) else None
-    writes = target is not None and (
-        (name.endswith("_") and not name.endswith("__"))
-        or name in IN_PLACE
-        or name == "__setitem__"
-        or bool(kwargs.get("inplace"))
-    )
-    if not writes:
+    writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or bool(kwargs.get("inplace"))
+    target = args[0] if args else None
+    if not writes or not isinstance(target, Held):
         return func(*plain(args, name), **plain(kwargs, name))
-    assert target is not None
     written = target.become_whole(name)
     func(written, *plain(args[1:], name), **plain(kwargs, name))
     increment_version(target)
@@ -177,8 +171,6 @@ def activations_in(values: Any) -> Iterator[Held]:
             yield value
         elif isinstance(value, list | tuple):
             yield from activations_in(value)
-        elif isinstance(value, dict):
-            yield from activations_in(value.values())
 
 
 def _name_of(func: Any) -> str:

@@ -81,6 +81,7 @@ OTHERS = {  # which want whole tokens
     "a parameter of positions": lambda: Calls(lambda h, s: h * s, learned(2, WIDTH)),
     "normed by what is no parameter": lambda: Calls(lambda h, s: F.layer_norm(h, (WIDTH,), s * 2), learned(WIDTH)),
     "normed with the positions": lambda: nn.LayerNorm((2, WIDTH)),
+    "normed with the positions, nothing learned": lambda: nn.LayerNorm((2, WIDTH), elementwise_affine=False),
     "batch norm of positions, evaluating": lambda: nn.BatchNorm1d(2).eval(),
     "PReLU of positions": lambda: nn.PReLU(2, init=0.3),
     "a norm of groups": lambda: Calls(lambda h: F.group_norm(h.transpose(1, 2), 4).transpose(1, 2)),

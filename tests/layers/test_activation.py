@@ -382,6 +382,8 @@ def bypasses():
         out[name] = str(caught.value)
     with pytest.raises(LayoutError, match="writes into an activation of 'up'"), DisableTorchFunctionSubclass():
         torch.ops.aten.add_.Tensor(z, 1.0)
+    with pytest.raises(LayoutError, match="writes into an activation of 'up'"), DisableTorchFunctionSubclass():
+        torch.ops.aten._foreach_add_.Scalar([z, z], 1.0)
     with pytest.raises(RuntimeError, match="in the TorchScript interpreter"):
         scripted_write(z * 1)
     written = z * 1
@@ -510,6 +512,9 @@ def stays():
     for write in (
         lambda z: z.add_(ones),
         lambda z: z.__iadd__(ones),
+        lambda z: z.__ipow__(ones),
+        lambda z: z.__ifloordiv__(ones),
+        lambda z: z.__imod__(ones),
         lambda z: z.copy_(ones),
         lambda z: F.relu(z, inplace=True),
     ):
