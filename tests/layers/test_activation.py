@@ -13,6 +13,7 @@ from torch._C import DisableTorchFunctionSubclass
 from torch.nn import functional as F
 
 from lightning_phantom.distributed.agreement import agreement_of
+from lightning_phantom.distributed.comm import record_traffic
 from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import LayoutError
 from lightning_phantom.layers.activation import Place, ShardedActivation, watch_gathers
@@ -617,6 +618,10 @@ def features_elsewhere():
     bare = nn.BatchNorm1d(WIDTH, affine=False).double().eval()
     bare.running_mean.copy_(slopes.detach())
     assert same(bare(halves), bare(values))
+    inside = ShardedActivation.wrap(place.features(values), values.shape, place._replace(parts=1))
+    with record_traffic() as traffic:
+        assert isinstance(norm(inside), ShardedActivation)
+    assert not traffic.calls  # its statistics stay as they are
     halves[..., 0] = values[..., 0] = 3.0
     assert same(F.layer_norm(halves, (WIDTH,)), F.layer_norm(values, (WIDTH,)))
 
