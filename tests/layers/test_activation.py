@@ -624,6 +624,7 @@ def features_elsewhere():
     assert not traffic.calls  # its statistics stay as they are
     halves[..., 0] = values[..., 0] = 3.0
     assert same(F.layer_norm(halves, (WIDTH,)), F.layer_norm(values, (WIDTH,)))
+    assert same(nn.PReLU().double()(halves), nn.PReLU().double()(values))
 
     place = Place(ranks, agreement_of(dist.group.WORLD).enter("row", 1, "for tests"), "up")
     row = torch.randn(WIDTH, dtype=torch.float64)
