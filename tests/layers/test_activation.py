@@ -496,8 +496,9 @@ def stays():
         assert isinstance(torch.clamp(z, None, 0.5), ShardedActivation)
         assert isinstance(torch.div(z, 2.0, rounding_mode="floor"), ShardedActivation)
     assert not seen and (z == None) is False and (z != None) is True  # noqa: E711
+    learned = (z * 1).relu_()
     with torch.no_grad():
-        assert isinstance(z.relu(), ShardedActivation)
+        assert isinstance(z.relu(), ShardedActivation) and learned.sum() == plain.relu().sum()
         rewritten = (z * 1).relu_()
         assert rewritten.sum() == plain.relu().sum() and same(rewritten * 1, plain.relu())
     cloned = z.clone()
@@ -546,7 +547,8 @@ class Inside(torch.autograd.Function):
         assert (made * 1).relu_().sum() >= 0
         with torch.enable_grad():
             inner = x.detach().requires_grad_()
-            assert isinstance(ShardedActivation.wrap(place.features(inner), x.shape, place) * 2, ShardedActivation)
+            learned = ShardedActivation.wrap(place.features(inner), x.shape, place) * 2
+            assert isinstance(learned, ShardedActivation) and learned.relu_().sum() >= 0
         return made
 
     @staticmethod
@@ -622,6 +624,10 @@ def features_elsewhere():
     with record_traffic() as traffic:
         assert isinstance(norm(inside), ShardedActivation)
     assert not traffic.calls  # its statistics stay as they are
+    halves.sum()
+    halves.chunk(2, -1)[0].mul_(2)  # a view of what was brought back, as of any tensor
+    values.chunk(2, -1)[0].mul_(2)
+    assert same(halves, values)
     halves[..., 0] = values[..., 0] = 3.0
     assert same(F.layer_norm(halves, (WIDTH,)), F.layer_norm(values, (WIDTH,)))
     assert same(nn.PReLU().double()(halves), nn.PReLU().double()(values))
