@@ -142,11 +142,9 @@ def _split(input: Any, split_size: Any, dim: int = 0) -> Any:
     return _chunk(input, 2, dim) if split_size in (half, [half, half], (half, half)) else NotImplemented
 
 
-def _are_parts(activation: Any, parts: int, dim: int) -> bool:
+def _are_parts(activation: Held, parts: int, dim: int) -> bool:
     """Whether what this rank holds may be cut where an activation is to be cut."""
-    if not isinstance(activation, Held) or activation.place.parts != parts or parts == 1:
-        return False
-    return dim in (-1, activation.dim() - 1) and are_inside([activation])
+    return activation.place.parts == parts and dim in (-1, activation.dim() - 1) and are_inside([activation])
 
 
 def _shape_of_part(activation: Held) -> torch.Size:

@@ -109,6 +109,7 @@ GATES = {  # which read a gate and what it gates, one linear of twice the width
 }
 BACK_TO_TOKENS = {  # what does not know how the two lie finds them side by side
     "a slice": lambda: Calls(lambda h: h[..., :WIDTH] * h[..., WIDTH:]),
+    "a split that is no half": lambda: Calls(lambda h: torch.cat(h.split([4, 2 * WIDTH - 4], -1)[::-1], -1)[..., ::2]),
     "a chunk of tokens": lambda: Calls(lambda h: torch.cat([*h.chunk(2, 0)])[..., WIDTH // 2 : -WIDTH // 2]),
     "both normed": lambda: Calls(lambda h, w: F.layer_norm(h, (2 * WIDTH,), w)[..., ::2], learned(2 * WIDTH)),
     "both scaled": lambda: Calls(lambda h, w: (h * w).chunk(2, -1)[0], learned(2 * WIDTH)),
