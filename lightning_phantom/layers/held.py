@@ -129,8 +129,9 @@ class Held(Tensor):
         if torch.is_grad_enabled() and self.local is not None and self.requires_grad and not self.local.requires_grad:
             self._whole, self.local = _AsMade.apply(self), None  # an autograd function has returned it
         for other in self.sharing_memory():
-            if other._whole is not None and version_of(other._whole) != other._version_made:
-                other._give_up(other._whole, "a view")
+            if other.local is not None and other._whole is not None:
+                if version_of(other._whole) != other._version_made:
+                    other._give_up(other._whole, "a view")
 
     def sharing_memory(self) -> list[Held]:
         """This and the other activations that have its memory (`detach`, `data`)."""

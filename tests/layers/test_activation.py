@@ -549,6 +549,7 @@ class Inside(torch.autograd.Function):
             inner = x.detach().requires_grad_()
             learned = ShardedActivation.wrap(place.features(inner), x.shape, place) * 2
             assert isinstance(learned, ShardedActivation) and learned.relu_().sum() >= 0
+        ctx.shares = made.detach()
         return made
 
     @staticmethod
@@ -591,7 +592,12 @@ def strangers():
     (plain + 1).square().sum().backward()
     assert torch.equal(leaf.grad, plain_leaf.grad)
     leaf, plain_leaf, _, plain = pair(place, lead)
+    made = Inside.apply(leaf, place) * 1
     (Inside.apply(leaf, place) * 2).relu().sum().backward()
+    returned = Inside.apply(leaf, place)
+    returned.sum()
+    returned.view(-1).mul_(2)  # memory of its own: what shared the function's has not been written into
+    assert same(returned * 1, made.detach() * 2)
     (plain * 2).relu().sum().backward()
     assert torch.equal(leaf.grad, plain_leaf.grad)
     with torch.inference_mode():
