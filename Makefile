@@ -13,10 +13,10 @@ demo: $(VENV)/.installed-demo  ## train the digits on two ranks by DDP and by ph
 	$(BIN)/lightning-phantom fit --config examples/digits.yaml
 
 check: lint  ## format, lint, types and the quick tests, for whoever changes a line
-	$(BIN)/python -m pytest -q -m "not background" -k "not several_ranks and not huge" $(QUICK)
+	$(BIN)/python -m pytest -q -m "not program" -k "not several_ranks and not huge" $(QUICK)
 
 test: lint docs  ## the whole gate: format, lint, types, docs, tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 3
 
 lint: $(VENV)/.installed-test
 	$(BIN)/python -m ruff format --check .

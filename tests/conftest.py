@@ -1,7 +1,7 @@
+import gc
 import os
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,26 +21,27 @@ sys.path[:0] = [str(folder) for folder in (here / "helpers", *here.iterdir()) if
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that wait for work in the background come last; it starts in their order."""
-    items.sort(key=lambda item: item.get_closest_marker("background") is not None)
+    """Files with tests that wait for programs come first: processes that share the work take files, long ones soon."""
+    items.sort(key=lambda item: item.get_closest_marker("program") is None)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _background(request, tmp_path_factory):
-    """Start what tests marked `background(function, *args)` wait for, two at a time, while other tests run."""
-    wanted = [mark.args for item in request.session.items for mark in item.iter_markers("background")]
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            (function, *args): pool.submit(function, tmp_path_factory.mktemp(function.__name__), *args)
-            for function, *args in dict.fromkeys(wanted)
-        }
-        pool.shutdown(cancel_futures=True)
+def pytest_collection_finish():
+    """All that was imported stays: no garbage collector need look through it again."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def _outcomes():
+    return {}
 
 
 @pytest.fixture
-def outcome(request, _background):
-    """What the function of a test's `background` mark, called with a folder and the mark's arguments, has returned."""
-    return _background[request.node.get_closest_marker("background").args].result()
+def outcome(request, _outcomes, tmp_path_factory):
+    """What the function of a test's `program` mark has returned, called once with a folder and the mark's arguments."""
+    function, *args = key = request.node.get_closest_marker("program").args
+    if key not in _outcomes:
+        _outcomes[key] = function(tmp_path_factory.mktemp(function.__name__), *args)
+    return _outcomes[key]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from background import ENVIRONMENT, ROOT
+from programs import ENVIRONMENT, ROOT
 
 import lightning_phantom_autoload
 
@@ -59,7 +59,8 @@ def environment(folder, wheel, *without):
 
 
 def run(*arguments, **environment):
-    clean = {key: value for key, value in ENVIRONMENT.items() if key not in ("PYTHONPATH", "COVERAGE_PROCESS_START")}
+    clean = {key: value for key, value in ENVIRONMENT.items() if key != "COVERAGE_PROCESS_START"}
+    clean["PYTHONPATH"] = str(ROOT / "tests" / "helpers" / "lean")  # and not the sources
     command = list(map(str, arguments))
     ended = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd="/", env={**clean, **environment})
     return ended.returncode, ended.stdout, ended.stderr
@@ -91,7 +92,7 @@ def from_the_wheel(folder):
     }
 
 
-tried = pytest.mark.background.with_args(from_the_wheel)
+tried = pytest.mark.program.with_args(from_the_wheel)
 
 
 @tried

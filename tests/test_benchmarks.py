@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from background import program
+from programs import program
 
 from benchmarks import gpu, predict
 from lightning_phantom.cost.methods import METHODS
@@ -14,7 +14,7 @@ def without_a_gpu(folder):
     return out, json.loads((folder / "report.json").read_text())["parts"]
 
 
-@pytest.mark.background.with_args(without_a_gpu)
+@pytest.mark.program.with_args(without_a_gpu)
 def test_all_that_waits_for_a_gpu_runs_without_one(outcome):
     out, parts = outcome
     assert list(parts) == list(gpu.PARTS)
@@ -44,7 +44,7 @@ def small_prediction(folder):
     return program("-m", "benchmarks.predict", *options), json.loads((folder / "predict.json").read_text())
 
 
-@pytest.mark.background.with_args(small_prediction)
+@pytest.mark.program.with_args(small_prediction)
 def test_predictions_lie_beside_what_every_method_takes(outcome):
     out, result = outcome
     (case,) = result["cases"]

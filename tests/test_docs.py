@@ -9,8 +9,8 @@ from pathlib import Path
 import lightning as L
 import pytest
 import yaml
-from background import program
 from lightning.pytorch.cli import LightningCLI
+from programs import program
 from torch.distributed.run import get_args_parser
 
 import lightning_phantom
@@ -85,7 +85,7 @@ def run_blocks(folder):
     return {page: [text for script, text in failed.items() if scripts[script] == page] for page in PAGES}
 
 
-@pytest.mark.background.with_args(run_blocks)
+@pytest.mark.program.with_args(run_blocks)
 @pytest.mark.parametrize("page", with_blocks("python"))
 def test_python_blocks_run(page, outcome):
     assert not outcome[page], "\n".join(outcome[page])

@@ -6,7 +6,7 @@ import sys
 import lightning.pytorch
 import pytest
 import pytorch_lightning
-from background import program
+from programs import program
 
 from lightning_phantom import PhantomStrategy
 from lightning_phantom.errors import PhantomError
@@ -74,12 +74,12 @@ def both_names(folder, *arguments):
     return [fit(folder, name, *arguments) for name in NAMES]
 
 
-@pytest.mark.background.with_args(both_names, "last", "object", 1)
+@pytest.mark.program.with_args(both_names, "last", "object", 1)
 def test_a_program_of_either_name_trains_with_an_object(outcome):
     assert outcome[0] == outcome[1]
 
 
-@pytest.mark.background.with_args(both_names, "first", "phantom", 2)
+@pytest.mark.program.with_args(both_names, "first", "phantom", 2)
 def test_a_program_of_either_name_trains_by_name_on_two_ranks(outcome):
     assert outcome[0] == outcome[1]
 

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from background import program
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import StrategyRegistry
+from programs import program
 
 import lightning_phantom
 from lightning_phantom.commands.cli import main
@@ -140,7 +140,7 @@ def digits(folder):
     return program(*command, f"--trainer.logger.init_args.save_dir={folder}")
 
 
-@pytest.mark.background.with_args(digits)
+@pytest.mark.program.with_args(digits)
 def test_the_digits_example_reaches_95_percent(outcome):
     assert "Phantom plan: 4 of 4 linears, num_blocks=2" in outcome
     lines = ([cell.strip() for cell in line.split("│")[1:]] for line in outcome.splitlines())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from background import program
+from programs import program
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
@@ -64,7 +64,7 @@ def two_ranks(folder):
     return out, *results, (folder / "c.png").read_bytes()
 
 
-@pytest.mark.background.with_args(two_ranks)
+@pytest.mark.program.with_args(two_ranks)
 def test_compare_on_two_ranks(outcome):
     """Every method in the same two processes: the exact ones agree, and what they take is what `plan` has counted."""
     out, result, planned, picture = outcome

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from background import program
+from programs import program
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_phantom.commands.cli import main
@@ -353,7 +353,7 @@ def measured_on_two_ranks(folder):
     return program(*command, "--json", folder / "plan.json"), json.loads((folder / "plan.json").read_text())
 
 
-@pytest.mark.background.with_args(measured_on_two_ranks)
+@pytest.mark.program.with_args(measured_on_two_ranks)
 def test_plan_measures_two_ranks_at_once(outcome):
     out, result = outcome
     assert "Predicted from rates measured on this machine" in out

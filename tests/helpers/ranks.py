@@ -19,7 +19,7 @@ def run_ranks(n, function, *args, timeout_s=240):
     context.set_forkserver_preload(
         [
             *("lightning_phantom.commands.cli", "torchmetrics.classification", "torch.distributed.checkpoint"),
-            "transformers.models.llama.modeling_llama",
+            *("transformers.models.llama.modeling_llama", "frozen"),
         ]
     )
     queue = context.Queue()
@@ -60,6 +60,7 @@ def _child(rank, n, store, queue, environment, function, args):
     os.environ.update(environment)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # what the process was forked from has drawn a seed at random
     mp.set_start_method("fork", force=True)  # for workers of dataloaders, as in any other process
     try:
         dist.init_process_group("gloo", store, rank=rank, world_size=n, timeout=timedelta(seconds=120))

@@ -84,7 +84,8 @@ def test_compiled_to_machine_code():
     module, x = swapped("mlp")
     module.eval()
     torch._dynamo.reset()
-    with torch.no_grad():
+    sooner = {"cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": True}  # two compilations of torch's own less
+    with torch.no_grad(), torch._inductor.config.patch(sooner):
         try:
             torch.compile(torch.sin)(x)
         except torch._dynamo.exc.BackendCompilerFailed as error:  # as where torch lies in a path with a space

@@ -22,6 +22,7 @@ KINDS = {
     "private and both": {"mixing": "private", "latents": "both"},
     "previous": {"latents": "previous"},
 }
+FORMATS = ("full", "sharded")
 
 
 def strategy(kind, **sizes):
@@ -42,12 +43,12 @@ def _fit(folder, kind, epochs, ckpt=None, **sizes):
 
 
 def _runs(folder, layouts):
-    """Of each layout and kind: an epoch, a second one from its checkpoint, full and sharded; the weights then."""
+    """Of each layout and kind: an epoch, a second one from its checkpoint, in each format; the weights then."""
     found = []
-    for n, sizes in enumerate(layouts):
+    for n, (sizes, formats) in enumerate(layouts):
         for kind in KINDS:
             seen = {}
-            for saved in ("full", "sharded"):
+            for saved in formats:
                 here = Path(folder) / f"{n}-{saved}"
                 module, path = _fit(here, kind, 1, state_dict_type=saved, **sizes)
                 seen[f"{saved}, one epoch"] = weights(module)
@@ -65,22 +66,22 @@ def _resumed(paths):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return run_ranks(1, _runs, tmp_path_factory.mktemp("alone"), [{}])[0]
+    return run_ranks(1, _runs, tmp_path_factory.mktemp("alone"), [({}, FORMATS)])[0]
 
 
 def test_the_same_training_on_any_ranks_and_from_any_checkpoint(alone, tmp_path):
-    layouts = {2: [{}], 4: [{}, {"phantom_parallel_size": 2}]}
+    layouts = {2: [({}, FORMATS)], 4: [({}, ["full"]), ({"phantom_parallel_size": 2}, ["sharded"])]}
     for expected in alone:
         for name, value in expected["full"].items():
             assert torch.equal(value, expected["sharded"][name])
             assert value.shape[0] == 0 or not torch.equal(value, expected["full, one epoch"][name]), name
     for size, those in layouts.items():
+        asked = [(expected, formats) for _, formats in those for expected in alone]
         for found in run_ranks(size, _runs, tmp_path / str(size), those):
-            for seen, expected in zip(found, alone * len(those), strict=True):
-                for saved in ("full", "sharded"):
-                    for name, value in expected[saved].items():
-                        assert torch.allclose(seen[saved][name], value, rtol=0, atol=1e-9), (size, saved, name)
-    paths = [(kind, seen[f"{s}, path"]) for kind, seen in zip(KINDS, alone, strict=True) for s in ("full", "sharded")]
+            for seen, (expected, formats) in zip(found, asked, strict=True):
+                for saved, (name, value) in itertools.product(formats, expected["full"].items()):
+                    assert torch.allclose(seen[saved][name], value, rtol=0, atol=1e-9), (size, saved, name)
+    paths = [(kind, seen[f"{s}, path"]) for kind, seen in zip(KINDS, alone, strict=True) for s in FORMATS]
     for found in run_ranks(2, _resumed, paths):
         for (kind, path), seen in zip(paths, found, strict=True):
             for name, value in alone[list(KINDS).index(kind)]["full"].items():

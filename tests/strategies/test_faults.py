@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from background import KILLS, RUNS, bad_end
+from programs import KILLS, RUNS, bad_end
 from training import Net, loader, trainer
 
 from lightning_phantom import PhantomStrategy
@@ -107,14 +107,14 @@ def test_a_full_disk_during_a_save(tmp_path, kind):
     alone(tmp_path, kind, max_epochs=2).fit(Net(), loader(), ckpt_path=tmp_path / "a.ckpt")
 
 
-# Runs of two ranks, in the background
+# Runs of two ranks
 
 
-def in_background(names):
-    return [pytest.param(name, marks=pytest.mark.background(bad_end, name)) for name in names]
+def as_programs(names):
+    return [pytest.param(name, marks=pytest.mark.program(bad_end, name)) for name in names]
 
 
-@pytest.mark.parametrize("name", in_background(name for name in RUNS if RUNS[name] is None))
+@pytest.mark.parametrize("name", as_programs(name for name in RUNS if RUNS[name] is None))
 def test_kills_at_random_moments(outcome, name):
     _, code, output, left = outcome
     assert code == 0 and not left, output
@@ -122,7 +122,7 @@ def test_kills_at_random_moments(outcome, name):
     assert f"resumes that succeeded       {count} of {count}" in output
 
 
-@pytest.mark.parametrize("name", in_background(name for name in RUNS if RUNS[name] is not None))
+@pytest.mark.parametrize("name", as_programs(name for name in RUNS if RUNS[name] is not None))
 def test_a_run_ends_and_can_be_resumed(outcome, name):
     folder, code, output, left = outcome
     fault, _, kind, said = RUNS[name]

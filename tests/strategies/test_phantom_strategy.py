@@ -15,8 +15,8 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from background import program
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
+from programs import program
 from ranks import run_ranks
 from torch import nn
 from training import Attentive, EMAWeightAveraging, Net, data, loader, needs_ema, own, quiet, trainer, weights
@@ -53,10 +53,10 @@ class Llama(Net):
 
 
 RUNS = {
-    "digits": (lambda: Net(0.0, lr=0.5), "64-true", True, 50),
+    "digits": (lambda: Net(0.0, lr=0.5), "64-true", True, 24),
     "unseeded": (lambda: Net(0.0, lr=0.5), "64-true", False, 8),
     "32 bits": (lambda: Net(0.0, lr=0.5), "32-true", True, 8),
-    "torch's transformer": (lambda: Attentive(lr=0.03, optimizer=torch.optim.AdamW), "64-true", True, 50),
+    "torch's transformer": (lambda: Attentive(lr=0.03, optimizer=torch.optim.AdamW), "64-true", True, 24),
     "transformers' Llama": (lambda: Llama(lr=0.03, optimizer=torch.optim.AdamW), "64-true", True, 50),
 }
 
@@ -492,7 +492,7 @@ def launched(folder, launcher):
 
 
 @pytest.mark.parametrize(
-    "launcher", [pytest.param(name, marks=pytest.mark.background(launched, name)) for name in LAUNCHERS]
+    "launcher", [pytest.param(name, marks=pytest.mark.program(launched, name)) for name in LAUNCHERS]
 )
 def test_launchers(outcome, launcher):
     lines = sorted(re.findall(r"rank \d of 2 val_loss [\d.]+", outcome))

@@ -1,11 +1,15 @@
 """Hides from torchmetrics what it would import beside itself: a process starts in two thirds of the time.
 
 Tests start many processes, and conftest.py puts this folder on their path. Imports are as ever; only who asks first
-whether one of these packages is installed is told that it is not.
+whether one of these packages is installed is told that it is not. Nor is garbage looked for after every few hundred
+objects that imports make.
 """
 
+import gc
 import importlib.metadata
 import importlib.util
+
+gc.set_threshold(50_000, 20, 20)
 
 HIDDEN = ("matplotlib", "scipy", "transformers")
 _distribution, _find_spec = importlib.metadata.distribution, importlib.util.find_spec

@@ -1,4 +1,4 @@
-"""Programs as a user starts them, for tests marked `background`: they run while other tests do their work.
+"""Programs as a user starts them, for tests marked `program`.
 
 Among them runs of two ranks that end badly: killed, frozen, told to end, or out of disk.
 """
