@@ -19,7 +19,7 @@ def run_ranks(n, function, *args, timeout_s=240):
     context.set_forkserver_preload(
         [
             *("lightning_phantom.commands.cli", "torchmetrics.classification", "torch.distributed.checkpoint"),
-            *("transformers.models.llama.modeling_llama", "frozen"),
+            *("transformers.models.llama.modeling_llama", "sklearn.metrics", "hypothesis", "pytest", "frozen"),
         ]
     )
     queue = context.Queue()
