@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from functools import cache
 
 import pytest
 import torch
@@ -159,12 +160,21 @@ def nets(make, group, parts=1, exact=False):
         config = TensorParallelConfig(dist.get_world_size(group), plan={"up": "phantom", "down": "phantom"})
         carry_out(mine, plan_tensor_parallel(mine, config), group, group)
         return mine, net
-    config = PhantomConfig(BLOCKS, 1, plan={"up": "phantom", "down": "phantom"}, init="random")
-    mine, dense = (phantomize_(copy.deepcopy(net), config, g) for g in (group, None))
+    return phantomize_(net, IN_BLOCKS, group), copy.deepcopy(dense_of(make, parts))
+
+
+IN_BLOCKS = PhantomConfig(BLOCKS, 1, plan={"up": "phantom", "down": "phantom"}, init="random")
+
+
+@cache
+def dense_of(make, parts):
+    """The net whose phantom layers are the dense matrices that they stand for."""
+    torch.manual_seed(0)
+    dense = phantomize_(Net(make, parts).double(), IN_BLOCKS, None)
     assert (dense.up.parts, dense.down.parts) == (parts, 1)
     for name, layer in split_layers(dense).items():
         dense.set_submodule(name, Dense(layer))
-    return mine, dense
+    return dense
 
 
 def tokens_of(rank, lead):
@@ -204,14 +214,16 @@ def expected_of(dense, xs, groups, shared, twice):
 
 def averaged(net, mesh):
     """Every gradient as training has it, whole: replicated ones are the ranks' mean, shards the groups'."""
-    sharded, grads = sharded_parameters(net), {}
+    sharded = sharded_parameters(net)
+    grads = {name: p.grad for name, p in net.named_parameters()}
+    replicated = [name for name, p in net.named_parameters() if id(p) not in sharded and p.grad is not None]
+    together = mesh.world.all_reduce(torch.cat([grads[name].flatten() for name in replicated]), "sum") / mesh.world.size
+    for name, mean in zip(replicated, together.split([grads[name].numel() for name in replicated]), strict=True):
+        grads[name] = mean.view_as(grads[name])
     for name, p in net.named_parameters():
-        grad = None if p.grad is None else p.grad.clone()
-        if grad is not None and id(p) in sharded:
-            grad = sharded[id(p)].gather(mesh.data_parallel.all_reduce(grad, "sum") / mesh.data_parallel.size)
-        elif grad is not None:
-            grad = mesh.world.all_reduce(grad, "sum") / mesh.world.size
-        grads[name] = grad
+        if id(p) in sharded and p.grad is not None:
+            mean = mesh.data_parallel.all_reduce(p.grad, "sum") / mesh.data_parallel.size
+            grads[name] = sharded[id(p)].gather(mean)
     return grads
 
 
