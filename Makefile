@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 QUICK := tests/test_borders.py tests/test_swap.py tests/cost/test_count.py tests/layers/test_factors.py tests/layers/test_phantom.py \
 	tests/plan/test_plan.py tests/plan/test_structure.py tests/plan/test_unfit.py tests/checkpoints/test_format.py
 
-.PHONY: demo check test lint docs coverage package clean
+.PHONY: demo check test lint style types pytest docs coverage package clean
 
 demo: $(VENV)/.installed-demo  ## train the digits on two ranks by DDP and by phantom, and show what each took
 	$(BIN)/lightning-phantom fit --config examples/digits.yaml --config examples/digits_ddp.yaml
@@ -15,13 +15,20 @@ demo: $(VENV)/.installed-demo  ## train the digits on two ranks by DDP and by ph
 check: lint  ## format, lint, types and the quick tests, for whoever changes a line
 	$(BIN)/python -m pytest -q -m "not program" -k "not several_ranks and not huge" $(QUICK)
 
-test: lint docs  ## the whole gate: format, lint, types, docs, tests
-	$(BIN)/python -m pytest --numprocesses 3
+test: style  ## the whole gate: format, lint, types, docs, tests, the last three side by side
+	$(MAKE) --jobs types docs pytest
 
-lint: $(VENV)/.installed-test
+lint: style types
+
+style: $(VENV)/.installed-test
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
+
+types: $(VENV)/.installed-test
 	$(BIN)/python -m mypy
+
+pytest: $(VENV)/.installed-test
+	$(BIN)/python -m pytest --numprocesses 3
 
 docs: $(VENV)/.installed-test  ## the site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
