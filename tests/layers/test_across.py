@@ -27,6 +27,7 @@ from lightning_phantom.swap import carry_out
 
 D, WIDTH, BLOCKS = 8, 16, 4
 TOKENS = (3, 5, 0, 2)  # of each rank
+IN_BLOCKS = PhantomConfig(BLOCKS, 1, plan={"up": "phantom", "down": "phantom"}, init="random")
 WAYS = ("ddp", "shared", "twice")
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -161,9 +162,6 @@ def nets(make, group, parts=1, exact=False):
         carry_out(mine, plan_tensor_parallel(mine, config), group, group)
         return mine, net
     return phantomize_(net, IN_BLOCKS, group), copy.deepcopy(dense_of(make, parts))
-
-
-IN_BLOCKS = PhantomConfig(BLOCKS, 1, plan={"up": "phantom", "down": "phantom"}, init="random")
 
 
 @cache
