@@ -142,7 +142,7 @@ def _convert(options: argparse.Namespace) -> Converted:
             return merged, report, _use(num_blocks_of(merged), width_setting(merged), named, mixing)
     if options.to == "dense":
         return *to_plain(checkpoint), "Any strategy takes it, as ckpt_path=, and so does load_from_checkpoint."
-    recipe = Recipe([f"--config={path}" for path in options.config], "lightning-phantom convert")
+    recipe = Recipe(options.config, (), "lightning-phantom convert")
     config = _phantom_config(options, recipe)
     module = recipe.make_module()
     if pl.utilities.model_helpers.is_overridden("configure_model", module):

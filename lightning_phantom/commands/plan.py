@@ -15,7 +15,7 @@ from lightning_phantom.commands.compare.methods import cannot_divide
 from lightning_phantom.commands.compare.smaller import smaller_argument
 from lightning_phantom.commands.plan_tables import cost_table, simulation_table, sweep_table, verdict
 from lightning_phantom.commands.recipe import Recipe
-from lightning_phantom.commands.terminal import command_parser, output_file, phantom_width, show
+from lightning_phantom.commands.terminal import add_config, command_parser, output_file, phantom_width, show
 from lightning_phantom.config import PhantomConfig, TensorParallelConfig
 from lightning_phantom.cost.count import ELEMENT_BYTES
 from lightning_phantom.cost.data_parallel import NOTHING, Dense, Divided
@@ -50,14 +50,12 @@ def main(args: Sequence[str]) -> None:
     options, overrides = _parser().parse_known_args(args)
     _check(options)
     target = output_file("--json", options.json)
-    recipe = Recipe(
-        [*(() if options.config is None else ("--config", options.config)), *overrides], "lightning-phantom plan"
-    )
+    recipe = Recipe(options.config, overrides, "lightning-phantom plan")
     config, num_ranks = request(options, recipe)
     plan = plan_phantom(module := recipe.make_module(), config)
     if not plan.swapped:
         raise nothing_qualifies(module, plan)
-    smaller = Recipe(["--config", options.smaller, *overrides], "lightning-phantom plan") if options.smaller else None
+    smaller = Recipe(options.smaller, overrides, "lightning-phantom plan") if options.smaller else None
     model, others = divided(module, plan), by_other_methods(recipe, module, config, num_ranks, smaller)
     machine, origin = _machine(options, num_ranks)
     kind = (options.tokens, options.dtype, machine)
@@ -96,8 +94,7 @@ def main(args: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("plan", DESCRIPTION, EPILOG)
     add = parser.add_argument
-    add("--config", metavar="FILE", help="the config of the run, as for `fit`")
-    add("--smaller", metavar="FILE", help="the config of the smaller dense model (default: --config, narrower)")
+    add_config(parser)
     add("--num-blocks", type=int, metavar="P", help="number of blocks p (default: the config's, else the ranks')")
     add(
         "--phantom-width",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from argparse import SUPPRESS
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -20,13 +21,15 @@ class Recipe(cli.LightningCLI):
     """A parsed config: nothing is made until it is asked for.
 
     Args:
-        args: arguments as `fit` takes them: `--config run.yaml`, `--model.lr 0.1`.
+        files: paths of the config's files, later ones over earlier ones.
+        args: what overrides them, as for `fit`: `--model.lr 0.1`.
+        prog: what errors call the command.
 
     Raises:
         SystemExit: the arguments do not fit the config; LightningCLI has said why.
     """
 
-    def __init__(self, args: Sequence[str], prog: str) -> None:
+    def __init__(self, files: Sequence[str | Path], args: Sequence[str], prog: str) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
             super().__init__(
@@ -35,7 +38,7 @@ class Recipe(cli.LightningCLI):
                 subclass_mode_model=True,
                 save_config_callback=None,
                 parser_kwargs={"prog": prog},
-                args=list(args),
+                args=[*(f"--config={file}" for file in files), *args],
                 run=False,
             )
 

@@ -35,6 +35,20 @@ def command_parser(command: str, description: str, epilog: str | None = None) ->
     )
 
 
+def add_config(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """Options for the config of a run, and for that of the smaller dense model: one file, or several as for `fit`."""
+    several: dict[str, Any] = {"action": "append", "default": [], "metavar": "FILE"}
+    each = "or several, each with its own"
+    parser.add_argument(
+        "--config", required=required, **several, help=f"the config of the run, {each} --config, as for `fit`"
+    )
+    parser.add_argument(
+        "--smaller",
+        **several,
+        help=f"the config of the smaller dense model, {each} --smaller (default: --config, narrower)",
+    )
+
+
 def phantom_width(text: str) -> int | float:
     """A phantom width on a command line: 1 is an int, 1.0 a fraction."""
     return int(text) if text.lstrip("+-").isdigit() else float(text)

@@ -172,6 +172,17 @@ def test_all_ranks_of_all_hosts_hold_the_layers_unless_the_config_says_otherwise
         assert (settings["devices"], settings["num_nodes"], settings["strategy"]._size) == (2, 2, expected)
 
 
+def test_later_configs_count_over_earlier_ones(tmp_path):
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    (tmp_path / "width.yaml").write_text("trainer: {strategy: {init_args: {phantom_width: 2}}}")
+    (tmp_path / "small.yaml").write_text("model: {init_args: {depth: 3}}")
+    run, width, small = (str(tmp_path / f"{name}.yaml") for name in ("run", "width", "small"))
+    request = parse(["--config", run, "--config", width, "--smaller", run, "--smaller", small])
+    assert request.recipe("phantom").phantom_arguments()["phantom_width"] == 2
+    for method, depth in (("phantom", 4), ("smaller", 3)):
+        assert request.recipe(method).config.model.init_args.depth == depth
+
+
 LM = """
 model:
   class_path: examples.lm.LanguageModel

@@ -21,5 +21,5 @@ def test_num_blocks_come_from_the_command_line_the_strategy_or_the_environment(
 ):
     if environment is not None:
         monkeypatch.setenv("PHANTOM_NUM_BLOCKS", environment)
-    recipe = Recipe(["--model=lightning.pytorch.demos.BoringModel", f"--trainer.strategy={strategy}"], "plan")
+    recipe = Recipe((), ["--model=lightning.pytorch.demos.BoringModel", f"--trainer.strategy={strategy}"], "plan")
     assert recipe.phantom_arguments(num_blocks=chosen).get("num_blocks") == blocks

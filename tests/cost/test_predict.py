@@ -337,6 +337,14 @@ def test_plan_command_knows_how_blocks_mix(tmp_path, capsys):
     assert (result["config"]["mixing"], result["config"]["latents"]) == ("private", "both")
 
 
+def test_plan_command_lets_later_configs_count_over_earlier_ones(tmp_path, capsys):
+    (tmp_path / "blocks.yaml").write_text(
+        "trainer: {strategy: {class_path: lightning_phantom.PhantomStrategy, init_args: {num_blocks: 8}}}"
+    )
+    _, result = run_plan(tmp_path, capsys, "--config", str(tmp_path / "blocks.yaml"), "--ranks", "2", *RATES)
+    assert result["config"]["num_blocks"] == 8 and result["config"]["num_ranks"] == 2
+
+
 def test_plan_command_simulates(tmp_path, capsys):
     arguments = ("--simulate-ranks", "16", "--phantom-width", "1", "--tokens", "250", *RATES)
     out, result = run_plan(tmp_path, capsys, *arguments)
@@ -402,9 +410,7 @@ def test_a_config_that_fit_has_saved_is_read(tmp_path, monkeypatch, capsys):
     saved = capsys.readouterr().out
     assert "ckpt_path: null" in saved
     (tmp_path / "config.yaml").write_text(saved)
-    assert (
-        type(Recipe(["--config", str(tmp_path / "config.yaml")], "test").make_module()).__name__ == "DigitsClassifier"
-    )
+    assert type(Recipe([tmp_path / "config.yaml"], (), "test").make_module()).__name__ == "DigitsClassifier"
 
 
 @pytest.mark.parametrize(

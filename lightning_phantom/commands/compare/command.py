@@ -162,7 +162,7 @@ class Comparison:
             raise PhantomError(why)
 
     def _make_smaller(self, recipes: dict[str, Recipe], method: str) -> None:
-        if self.request.smaller is None:
+        if not self.request.smaller:
             recipe = self.request.recipe("phantom")
             given = self._phantom_arguments(recipe)
             names = ("num_blocks", "phantom_width", "plan", "mixing", "latents")

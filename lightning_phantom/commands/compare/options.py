@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_phantom.commands.recipe import Recipe
-from lightning_phantom.commands.terminal import command_parser, output_file, phantom_width
+from lightning_phantom.commands.terminal import add_config, command_parser, output_file, phantom_width
 from lightning_phantom.cost.methods import METHODS
 from lightning_phantom.errors import PhantomError
 
@@ -45,8 +45,8 @@ class Request:
     """A comparison that somebody asks for.
 
     Attributes:
-        config: path of the config.
-        smaller: path of the config of the smaller dense model; None: made from `config`.
+        config: paths of the config's files, later ones over earlier ones.
+        smaller: the same of the smaller dense model; none: made from `config`.
         methods: what to compare, out of `METHODS`.
         ranks: R, where the command starts the ranks itself.
         rounds: fits of each method.
@@ -65,8 +65,8 @@ class Request:
         plot: where the picture goes.
     """
 
-    config: str
-    smaller: str | None
+    config: tuple[str, ...]
+    smaller: tuple[str, ...]
     methods: tuple[str, ...]
     ranks: int
     rounds: int
@@ -86,10 +86,10 @@ class Request:
 
     def recipe(self, method: str, *arguments: str) -> Recipe:
         """The config as one method is to use it, with further arguments."""
-        config = self.smaller if method == "smaller" and self.smaller else self.config
+        files = self.smaller if method == "smaller" and self.smaller else self.config
         own = [f"--{argument}" for argument in arguments]
         own += [f"--{argument}" for name, argument in self.overrides if name == method]
-        return Recipe(["--config", config, *self.arguments, *own], f"lightning-phantom compare, {method}")
+        return Recipe(files, [*self.arguments, *own], f"lightning-phantom compare, {method}")
 
     def tuned(self, method: str) -> bool:
         """Whether the method was given a learning rate of its own."""
@@ -107,12 +107,13 @@ def parse(args: Sequence[str]) -> Request:
     """
     given, rest = _parser().parse_known_args(args)
     methods = tuple(dict.fromkeys(name.strip() for name in given.methods.split(",")))
-    if given.smaller is not None and "smaller" not in methods:
+    given.config, given.smaller = tuple(given.config), tuple(given.smaller)
+    if given.smaller and "smaller" not in methods:
         methods = (*methods, "smaller")
     for name in methods:
         if name not in METHODS:
             raise PhantomError(f"--methods {name!r}: choose from {', '.join(METHODS)}, separated by commas.")
-    for path in filter(None, (given.config, given.smaller)):
+    for path in (*given.config, *given.smaller):
         if not Path(path).is_file():
             raise PhantomError(f"{path} is no file; --config and --smaller take the YAML of a run.")
     for name, least in (("ranks", 1), ("rounds", 1), ("steps", 1), ("warmup", LEAST_WARMUP), ("train_steps", 1)):
@@ -154,8 +155,7 @@ def _check_plot(path: Path) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("compare", DESCRIPTION, EPILOG)
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="the config of the run, as for `fit`")
-    add("--smaller", metavar="FILE", help="the config of the smaller dense model (default: --config, narrower)")
+    add_config(parser, required=True)
     add(
         "--methods",
         default=",".join(METHODS),
