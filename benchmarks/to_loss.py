@@ -117,7 +117,14 @@ TASKS = {
     ),
 }
 
-TASKS["window-512"] = replace(TASKS["window"], batch=512, steps=1000, every=100)
+# With larger batches the best learning rates are higher.
+TASKS["window-512"] = replace(
+    TASKS["window"],
+    batch=512,
+    steps=1000,
+    every=100,
+    models=tuple(replace(model, lr=4e-3) for model in TASKS["window"].models),
+)
 
 
 class Runs:
