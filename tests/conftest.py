@@ -1,5 +1,6 @@
 import gc
 import os
+import runpy
 import signal
 import sys
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ torch.set_num_threads(1)
 here = Path(__file__).parent
 folders = [f"{here}/helpers/lean", f"{here}/helpers", f"{here.parent}", os.environ.get("PYTHONPATH")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
+runpy.run_path(f"{folders[0]}/sitecustomize.py")  # here, too
 # Tests share helpers, and some share what stands in another test.
 sys.path[:0] = [str(folder) for folder in (here / "helpers", *here.iterdir()) if folder.is_dir()]
 

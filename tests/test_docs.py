@@ -121,6 +121,7 @@ def test_commands_are_accepted(page, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.setattr(plan_command, "measure_here", lambda ranks, dtype: Machine(4e10, 1e10, 1e-5, 1e9, 1e-4))
     config = (ROOT / "benchmarks" / "ffn.yaml").read_text().replace("phantom_width: 64", "phantom_width: 0.25")
+    config = config.replace("width: 4096", "width: 2048")
     for name in ("run", "small", "merged"):
         (tmp_path / f"{name}.yaml").write_text(config)
     (tmp_path / "examples").symlink_to(ROOT / "examples")

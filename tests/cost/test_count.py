@@ -141,9 +141,9 @@ def every_collective():
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            given = [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
-            if func.namespace in ("c10d", "_c10d_functional") and any(x.is_floating_point() for x in given):
-                counts[func.name()] += 1
+            if func.namespace in ("c10d", "_c10d_functional"):
+                given = [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
+                counts[func.name()] += any(x.is_floating_point() for x in given)
             return func(*args, **(kwargs or {}))
 
     with Watch():
@@ -190,6 +190,12 @@ CASES = [
 CASES += itertools.product(("four", "residual", "gated"), list(SIBLINGS)[1:], (True, False), (4,))
 
 
+def cases_on(size):
+    """All on two ranks; on four every module by every method, of which every other one has a gradient at the entry."""
+    order = {pair: n for n, pair in enumerate(dict.fromkeys(case[:2] for case in CASES))}
+    return [case for case in CASES if size == 2 or case[2] is (order[case[:2]] % 2 == 0)]
+
+
 def torchs_step(name, needs_grad):
     """What a step has taken that torch's own parallelize_module has split, and the layers; None where it cannot."""
     module, size = {**MODULES, "tapped": Tapped}[name](), dist.get_world_size()
@@ -212,7 +218,7 @@ def every_step():
         name for name in (*MODULES, "tapped") if name not in ("residual", "alone")
     ]  # which torch cannot, or no plan finds
     by_torch = {(name, grad): torchs_step(name, grad) for name in names for grad in (True, False)}
-    return [step(*case, dist.group.WORLD) for case in CASES], averaged(), by_torch
+    return [step(*case, dist.group.WORLD) for case in cases_on(dist.get_world_size())], averaged(), by_torch
 
 
 def averaged():
@@ -243,7 +249,7 @@ def check(seen, size):
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_step_on_several_ranks_takes_what_is_counted(size):
     for steps, (weights, flops, elements), by_torch in run_ranks(size, every_step):
-        assert len(steps) == len(CASES)
+        assert [seen["case"] for seen in steps] == cases_on(size)
         for seen in steps:
             check(seen, size)
             name, method, needs_grad, _ = seen["case"]

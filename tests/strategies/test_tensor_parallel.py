@@ -82,15 +82,19 @@ def parallel(module, style, group=None):
 
 def whole(module, kind):
     """Every parameter, or every gradient as DistributedDataParallel leaves it, of all ranks together."""
-    layers, found = split_layers(module), {}
+    layers, found, alike = split_layers(module), {}, []
     for name, parameter in module.named_parameters():
         owner, _, key = name.rpartition(".")
         split, value = layers[owner].split_of(key) if owner in layers else None, getattr(parameter, kind)
         if value is None:  # the last bias, in a gradient of a gradient
             value = torch.zeros_like(parameter)
         found[name] = value.detach().clone() if split is None else split.gather(value.detach())
-        if split is None and kind == "grad" and dist.is_initialized():
-            found[name] = all_reduce(found[name], "sum", dist.group.WORLD) / dist.get_world_size()
+        alike += [name] * (split is None)
+    if alike and kind == "grad" and dist.is_initialized():
+        together = torch.cat([found[name].flatten() for name in alike])
+        means = all_reduce(together, "sum", dist.group.WORLD) / dist.get_world_size()
+        for name, mean in zip(alike, means.split([found[name].numel() for name in alike]), strict=True):
+            found[name] = mean.view_as(found[name])
     return found
 
 
