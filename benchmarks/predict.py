@@ -19,7 +19,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -101,7 +100,6 @@ CASES = (
     Case(4, "transformer", 512, 1, 8, 0.25, 4, 128),
 )
 SMALL = (Case(2, "transformer", 64, 1, 4, 0.25, 2, 16),)
-MADE_UP = Machine(4e10, 1e10, 1e-5, 1e9, 1e-4, 1e9, 1e9, 0.5)  # rates for --small
 
 
 def measured_and_predicted(case: Case, job: Job, machine: Machine, folder: Path, lengths: list[str]) -> dict[str, Any]:
@@ -127,14 +125,14 @@ def measured_and_predicted(case: Case, job: Job, machine: Machine, folder: Path,
     }
 
 
-def rank_main(rank: int, size: int, port: int, cases: Sequence[Case], lengths: list[str], folder: str) -> None:
+def rank_main(rank: int, size: int, port: int, cases: list[Case], lengths: list[str], folder: str) -> None:
     """Measure the machine, then go through the configurations for so many ranks."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), NODE_RANK="0")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     store = TCPStore("127.0.0.1", port, timeout=timedelta(minutes=5))
     dist.init_process_group("gloo", store=PrefixStore("rates", store), rank=rank, world_size=size)
     say(rank, f"{size} ranks: measuring the machine")
-    machine = MADE_UP if cases == SMALL else measure(dist.group.WORLD)
+    machine = measure(dist.group.WORLD)
     dist.destroy_process_group()
     rows = []
     for number, case in enumerate(cases):
@@ -188,9 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predict", description=__doc__, formatter_class=kind)
     parser.add_argument("--rounds", type=int, default=2, help="fits of each method (default: 2)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of a fit (default: 5)")
-    parser.add_argument(
-        "--small", action="store_true", help="one tiny configuration and rates made up, to see that it runs"
-    )
+    parser.add_argument("--small", action="store_true", help="one tiny configuration, to see that it runs")
     parser.add_argument("--out", type=Path, help="write all numbers there")
     args = parser.parse_args()
     lengths = ["--rounds", str(args.rounds), "--steps", str(args.steps), "--warmup", "2"]
@@ -198,7 +194,7 @@ def main() -> None:
     for size in sorted({case.ranks for case in cases}):
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         with tempfile.TemporaryDirectory() as folder:
-            ours = tuple(case for case in cases if case.ranks == size)
+            ours = [case for case in cases if case.ranks == size]
             mp.spawn(rank_main, (size, store.port, ours, lengths, folder), nprocs=size)
             found = json.loads((Path(folder) / "rows.json").read_text())
         machines[size] = found["machine"]
