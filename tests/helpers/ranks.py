@@ -55,6 +55,14 @@ def run_ranks(n, function, *args, timeout_s=240):
         return [results[rank] for rank in range(n)]
 
 
+def mean_over_ranks(tensors):
+    """The mean over all ranks of each tensor, in one collective: as DistributedDataParallel leaves gradients."""
+    together = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(together)
+    means = (together / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
+    return [mean.view_as(tensor) for mean, tensor in zip(means, tensors, strict=True)]
+
+
 def _child(rank, n, store, queue, environment, function, args):
     os.environ.clear()
     os.environ.update(environment)

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import mean_over_ranks, run_ranks
 from reference import dense_weight
 from test_activation import Cube
 from torch import nn
@@ -215,9 +215,7 @@ def averaged(net, mesh):
     sharded = sharded_parameters(net)
     grads = {name: p.grad for name, p in net.named_parameters()}
     replicated = [name for name, p in net.named_parameters() if id(p) not in sharded and p.grad is not None]
-    together = mesh.world.all_reduce(torch.cat([grads[name].flatten() for name in replicated]), "sum") / mesh.world.size
-    for name, mean in zip(replicated, together.split([grads[name].numel() for name in replicated]), strict=True):
-        grads[name] = mean.view_as(grads[name])
+    grads.update(zip(replicated, mean_over_ranks([grads[name] for name in replicated]), strict=True))
     for name, p in net.named_parameters():
         if id(p) in sharded and p.grad is not None:
             mean = mesh.data_parallel.all_reduce(p.grad, "sum") / mesh.data_parallel.size

@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import mean_over_ranks, run_ranks
 from test_phantom import Gated, union_of
 from test_resume import SaveAt
 from torch import nn
@@ -20,7 +20,7 @@ from training import Net, loader, own, trainer
 from lightning_phantom import PhantomStrategy, TensorParallelStrategy, densify
 from lightning_phantom.config import TensorParallelConfig
 from lightning_phantom.distributed.agreement import agreement_of
-from lightning_phantom.distributed.comm import all_reduce, record_traffic
+from lightning_phantom.distributed.comm import record_traffic
 from lightning_phantom.distributed.ranks import Ranks
 from lightning_phantom.errors import CheckpointError, PhantomError, PlanError
 from lightning_phantom.layers.split import split_layers
@@ -91,10 +91,7 @@ def whole(module, kind):
         found[name] = value.detach().clone() if split is None else split.gather(value.detach())
         alike += [name] * (split is None)
     if alike and kind == "grad" and dist.is_initialized():
-        together = torch.cat([found[name].flatten() for name in alike])
-        means = all_reduce(together, "sum", dist.group.WORLD) / dist.get_world_size()
-        for name, mean in zip(alike, means.split([found[name].numel() for name in alike]), strict=True):
-            found[name] = mean.view_as(found[name])
+        found.update(zip(alike, mean_over_ranks([found[name] for name in alike]), strict=True))
     return found
 
 
